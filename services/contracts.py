@@ -1,0 +1,215 @@
+"""Records that cross processes. Metadata only: tensors travel as chunk payloads, never in a record.
+
+Use, capture and sample are the units of `Plan` and ledger:
+
+- a **use** is one pass of one prompt through the drafter: (prompt, epoch, k) with k < reuse;
+- a **capture** feeds the `reuse` uses of one (prompt, epoch);
+- a **sample** is what a capture leaves in a table: its chunks and its metadata.
+
+Uses and captures are numbered by the plan: capture c feeds uses c * reuse … c * reuse + reuse − 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+WIRE_VERSION = 1
+"""Version of proto/target.proto and of the chunk layout; both ends of a capture must have the same."""
+
+TensorName = Literal["context", "last"]
+WireDtype = Literal["bf16", "fp16", "fp32"]
+
+DTYPE_BYTES: dict[WireDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LastRows(StrEnum):
+    """Which rows of the target's last hidden state a drafter's loss reads.
+
+    The drafters' `needed_rows` computes the same from tensors; a test holds the two together.
+    """
+
+    BETWEEN = "between"
+    """Row r where loss_mask[r] = loss_mask[r + 1] = 1 (DSpark, DFlash)."""
+
+    AFTER = "after"
+    """Row r where loss_mask[r − 1] = 1 (Eagle3)."""
+
+    def select(self, loss_mask: Sequence[int]) -> list[int]:
+        """Row numbers, ascending, for a loss mask of length T."""
+        length = len(loss_mask)
+        if self is LastRows.BETWEEN:
+            return [row for row in range(length - 1) if loss_mask[row] and loss_mask[row + 1]]
+        return [row for row in range(1, length) if loss_mask[row - 1]]
+
+
+class Use(Record):
+    """One pass of one prompt through the drafter."""
+
+    prompt: int
+    epoch: int
+    k: int
+
+
+class TargetDescription(Record):
+    """What a target says of itself (`Describe`)."""
+
+    model_name: str
+    fingerprint: str
+    """Hash of the config and of the weights' index: two targets with the same fingerprint give the same features."""
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    max_tokens: int
+    engine: str
+    wire_version: int = WIRE_VERSION
+
+
+class TableSignature(Record):
+    """What all samples of a table share; a mismatch is refused at the first insert."""
+
+    fingerprint: str
+    layer_ids: tuple[int, ...]
+    hidden_size: int
+    dtype: WireDtype
+
+    @property
+    def context_row_bytes(self) -> int:
+        """Bytes of one token's context features."""
+        return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
+
+    @property
+    def last_row_bytes(self) -> int:
+        """Bytes of one token's last hidden state."""
+        return self.hidden_size * DTYPE_BYTES[self.dtype]
+
+    def sample_bytes(self, num_tokens: int, num_last_rows: int) -> int:
+        """Payload bytes of one sample, known before it is captured."""
+        return num_tokens * self.context_row_bytes + num_last_rows * self.last_row_bytes
+
+
+class CaptureJob(Record):
+    """One entry of the work queue: capture these tokens."""
+
+    capture: int
+    attempt: int = 0
+    """Counts the tries; a stale try's chunks can never be taken for a newer one's."""
+    prompt: int
+    epoch: int
+    reuse: int = 1
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    last_rows: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+class Chunk(Record):
+    """One stored piece of a sample: rows [row_start, row_end) of one tensor, C-contiguous, little-endian.
+
+    For `last` the rows count within the rows that were asked for, not within the sequence.
+    """
+
+    tensor: TensorName
+    row_start: int
+    row_end: int
+    num_bytes: int
+    crc32c: int
+
+
+class Sample(Record):
+    """A committed sample's metadata: the job it came from and where its rows are."""
+
+    job: CaptureJob
+    chunks: tuple[Chunk, ...]
+    num_bytes: int
+    target: str
+    """Address of the target that captured it."""
+
+
+class SampleLease(Record):
+    """Permission for one rank to use one sample once; ended by `ack` or `release`, or by its deadline."""
+
+    lease_id: str
+    use: int
+    """Number of the use in the plan."""
+    k: int
+    sample: Sample
+
+
+class StepLease(Record):
+    """What the coordinator grants one optimizer step; the same numbers for every rank.
+
+    `num_micro_batches` 0 means END: the plan is exhausted, stopped, or the step limit is reached.
+    """
+
+    step: int
+    num_micro_batches: int
+    captures: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    """Deterministic mode: captures[rank][micro_batch] are the captures to take, in order. Otherwise None: take
+    what is ready."""
+
+    @property
+    def is_end(self) -> bool:
+        return self.num_micro_batches == 0
+
+
+class StepReport(Record):
+    """What one rank reports once an optimizer step is done."""
+
+    step: int
+    rank: int
+    generation: int
+    uses: tuple[int, ...]
+    num_tokens: int
+    metrics: dict[str, float] = {}
+    """Global metrics (already reduced over ranks); only rank 0 fills them."""
+
+
+class TableInfo(Record):
+    """A table's state at one moment."""
+
+    resident_bytes: int
+    """Bytes of committed samples and of captures in flight."""
+    peak_bytes: int
+    capacity_bytes: int
+    num_ready: int
+    num_leased: int
+    num_inserting: int
+    inserts: int
+    samples: int
+    deletes: int
+    sealed: bool
+
+
+class Outcome(Record):
+    """What became of a capture; written by the shard in the same transition that changes the table."""
+
+    capture: int
+    attempt: int
+    kind: Literal["committed", "failed"]
+    num_tokens: int = 0
+    num_bytes: int = 0
+    retry: bool = False
+    """Failed, but another try may succeed (a dead target). Otherwise the capture's uses are skipped."""
+    reason: str = ""
+
+
+class Event(Record):
+    """Something worth telling a user: a restart, a skip, a scaling."""
+
+    time_s: float
+    kind: str
+    message: str

@@ -1,0 +1,122 @@
+"""Every error a user can meet, and the gRPC status each travels as.
+
+A message names the thing, the value, the bound and the way out. `SlipstreamError` is what the command line prints
+without a traceback; anything else is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SlipstreamError(Exception):
+    """Base of all errors that a user can act on.
+
+    Attributes:
+        exit_code: What the command line exits with: 1 failed, 2 wrong usage.
+        status: Name of the gRPC status that carries this error over the wire.
+    """
+
+    exit_code: ClassVar[int] = 1
+    status: ClassVar[str] = "INTERNAL"
+
+
+class UsageError(SlipstreamError):
+    """The command or recipe is wrong; nothing was started."""
+
+    exit_code = 2
+    status = "INVALID_ARGUMENT"
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key, a wrong value, or settings that cannot work together."""
+
+
+class OutputDirError(UsageError):
+    """The output directory belongs to another run, or another driver is using it."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PromptError(SlipstreamError):
+    """A prompt source is missing or holds lines that are no conversations."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class CheckpointError(SlipstreamError):
+    """A checkpoint is missing, cut short, or of another run or model."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PlacementError(SlipstreamError):
+    """An actor could not be placed: the cluster lacks a resource that the recipe asks for."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class TargetError(SlipstreamError):
+    """A target could not be loaded, or answered with something else than it promised."""
+
+
+class CaptureRequestError(TargetError):
+    """A Capture request asks for something this target cannot give (layers, rows, tokens out of range)."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class TargetUnavailableError(TargetError):
+    """A target does not answer; another one or a later try may succeed."""
+
+    status = "UNAVAILABLE"
+
+
+class WireError(SlipstreamError):
+    """Bytes do not say what their header promises: shape, dtype, length or checksum differ."""
+
+    status = "DATA_LOSS"
+
+
+class FeatureError(SlipstreamError):
+    """Captured features are not finite."""
+
+    status = "DATA_LOSS"
+
+
+class ReplayError(SlipstreamError):
+    """The replay buffer refuses an operation."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ReplayUnavailableError(ReplayError):
+    """Redis does not answer."""
+
+    status = "UNAVAILABLE"
+
+
+class SampleTooLargeError(ReplayError):
+    """One sample needs more bytes than the whole buffer holds."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class SignatureError(ReplayError):
+    """A sample's target, layers, width or dtype differ from the table's."""
+
+
+class StaleGenerationError(ReplayError):
+    """A lease or ack comes from a trainer group that has been replaced."""
+
+
+class UnknownSampleError(ReplayError):
+    """A sample id is not, or no longer, in the table."""
+
+    status = "NOT_FOUND"
+
+
+class DeadlineError(SlipstreamError):
+    """Something did not happen in time; the message says what was waited for."""
+
+    status = "DEADLINE_EXCEEDED"

@@ -1,0 +1,25 @@
+"""Settings of the prompt source: which conversations, how they are cut, in which order they are used."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PromptsConfig(BaseModel):
+    """The recipe's `prompts` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        description="JSONL file of conversations, or 'stdlib' for functions of this Python's standard library"
+    )
+    heldout: str | None = Field(None, description="JSONL file or 'stdlib': prompts that evaluation decodes")
+    epochs: int = Field(1, ge=1, description="passes over all prompts")
+    max_length: int = Field(4096, ge=2, description="longest conversation in tokens; longer ones are skipped, counted")
+    min_loss_tokens: int = Field(14, ge=1, description="conversations with fewer loss tokens are skipped and counted")
+    system_prompt: str | None = Field(
+        "You are a helpful assistant.", description="added to training conversations that have none; null adds none"
+    )
+    enable_thinking: bool = Field(False, description="chat-template mode; a drafter serves the mode it was trained in")
+    strict: bool = Field(False, description="end the run at a malformed line; otherwise it is skipped and counted")
+    seed: int = Field(42, description="seeds the order of prompts and the anchors")

@@ -1,0 +1,25 @@
+"""Settings of the replay buffer: where it lives and how many bytes it may hold."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
+
+from services.contracts import WireDtype
+
+EMBEDDED = "embedded"
+
+
+class ReplayConfig(BaseModel):
+    """The recipe's `replay` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    redis: str = Field(EMBEDDED, description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://")
+    capacity: ByteSize = Field(
+        ByteSize(4 * 1024**3), description="most resident feature bytes, captures in flight included ('4GiB')"
+    )
+    wire_dtype: WireDtype = Field("bf16", description="dtype of features on the wire and in the buffer")
+    chunk: ByteSize = Field(ByteSize(1024**2), gt=0, le=4 * 1024**2, description="most bytes of one chunk")
+    pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
+    reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
+    lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")
