@@ -1,0 +1,41 @@
+"""What every test shares: one thread a process, no network, no foreign Ray, markers by folder, one Ray a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+MARKERS = ("unit", "integration", "e2e")
+
+# Before anything imports torch, transformers or ray: they read these once, and the processes that tests start inherit
+# them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the folder it lies in, so that `-m unit` and `-m "not integration"` work."""
+    for item in items:
+        folder = item.path.relative_to(FOLDER).parts[0]
+        if folder in MARKERS:
+            item.add_marker(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray that all tests of the session share; tests that kill things start their own."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
