@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder stack of a causal LM: the module that owns ``layers``, ``embed_tokens`` and the final ``norm``."""
+    """The decoder stack of a causal LM: the module that owns ``layers``, ``embed_tokens`` and the final ``norm``.
+
+    A decoder stack is its own.
+    """
+    if hasattr(model, "layers"):
+        return model
     for name in ("model", "language_model", "model.language_model"):
         try:
             decoder = model.get_submodule(name)

@@ -1,0 +1,114 @@
+"""One Capture request: read from the wire and held against what the target can give. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.contracts import DTYPE_BYTES, WIRE_VERSION, TargetDescription, TensorName, WireDtype
+from services.errors import CaptureRequestError
+from services.wire import target_pb2 as wire
+
+DTYPE_TO_WIRE: dict[WireDtype, wire.WireDtype] = {"bf16": wire.BF16, "fp16": wire.FP16, "fp32": wire.FP32}
+DTYPE_FROM_WIRE: dict[int, WireDtype] = {number: name for name, number in DTYPE_TO_WIRE.items()}
+TENSOR_TO_WIRE: dict[TensorName, wire.TensorName] = {"context": wire.CONTEXT, "last": wire.LAST}
+TENSOR_FROM_WIRE: dict[int, TensorName] = {number: name for name, number in TENSOR_TO_WIRE.items()}
+
+DEFAULT_CHUNK_BYTES = 1024**2
+MAX_CHUNK_BYTES = 4 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureInputs:
+    """What one capture needs from an engine."""
+
+    input_ids: tuple[int, ...]
+    layer_ids: tuple[int, ...]
+    last_rows: tuple[int, ...]
+    dtype: WireDtype
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the length of the sequence."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """A checked request: what to compute, how to cut it, and how to label the pieces."""
+
+    inputs: CaptureInputs
+    sample_id: int
+    generation: int
+    chunk_bytes: int
+
+
+def read_request(message: wire.CaptureRequest, target: TargetDescription) -> CaptureRequest:
+    """Check a request against the target it came to.
+
+    Raises:
+        CaptureRequestError: The target cannot give what is asked; the message says why.
+    """
+    if message.wire_version != WIRE_VERSION:
+        raise CaptureRequestError(
+            f"wire_version {message.wire_version} is not this target's {WIRE_VERSION}: "
+            "run the same Slipstream version on both ends"
+        )
+    if message.dtype not in DTYPE_FROM_WIRE:
+        names = ", ".join(wire.WireDtype.Name(number) for number in DTYPE_FROM_WIRE)
+        raise CaptureRequestError(f"dtype {message.dtype} is unknown; choose one of {names}")
+    inputs = CaptureInputs(
+        input_ids=tuple(message.token_ids),
+        layer_ids=tuple(message.layer_ids),
+        last_rows=tuple(message.last_rows),
+        dtype=DTYPE_FROM_WIRE[message.dtype],
+    )
+    _check_tokens(inputs.input_ids, target)
+    _check_layers(inputs.layer_ids, target)
+    _check_last_rows(inputs.last_rows, inputs.num_tokens)
+    chunk_bytes = message.chunk_bytes or DEFAULT_CHUNK_BYTES
+    row_bytes = len(inputs.layer_ids) * target.hidden_size * DTYPE_BYTES[inputs.dtype]
+    if not row_bytes <= chunk_bytes <= MAX_CHUNK_BYTES:
+        raise CaptureRequestError(
+            f"chunk_bytes {chunk_bytes} must lie between {row_bytes} (one token of {len(inputs.layer_ids)} layers as "
+            f"{inputs.dtype}) and {MAX_CHUNK_BYTES}"
+        )
+    return CaptureRequest(inputs, message.sample_id, message.generation, chunk_bytes)
+
+
+def _check_tokens(input_ids: tuple[int, ...], target: TargetDescription) -> None:
+    if not input_ids:
+        raise CaptureRequestError("token_ids is empty; send at least one token")
+    if len(input_ids) > target.max_tokens:
+        raise CaptureRequestError(
+            f"{len(input_ids)} tokens are more than this target's max_tokens {target.max_tokens} (the smaller of the "
+            "model's positions and target.max_batch_tokens); shorten prompts.max_length or raise the budget"
+        )
+    if max(input_ids) >= target.vocab_size:
+        position = next(i for i, token in enumerate(input_ids) if token >= target.vocab_size)
+        raise CaptureRequestError(
+            f"token id {input_ids[position]} at position {position} is outside the vocabulary of {target.vocab_size}; "
+            f"tokenise with the tokenizer of {target.model_name}"
+        )
+
+
+def _check_layers(layer_ids: tuple[int, ...], target: TargetDescription) -> None:
+    if not layer_ids:
+        raise CaptureRequestError("layer_ids is empty; name at least one layer")
+    if len(set(layer_ids)) < len(layer_ids):
+        raise CaptureRequestError(f"layer_ids {list(layer_ids)} name a layer twice")
+    highest = target.num_layers - 2
+    if min(layer_ids) < -1 or max(layer_ids) > highest:
+        raise CaptureRequestError(
+            f"layer_ids {list(layer_ids)} must lie between -1 (the embedding) and {highest}: the target has "
+            f"{target.num_layers} layers, and the last one comes after the final norm, as last_rows"
+        )
+
+
+def _check_last_rows(last_rows: tuple[int, ...], num_tokens: int) -> None:
+    previous = -1
+    for row in last_rows:
+        if row <= previous:
+            raise CaptureRequestError(f"last_rows must ascend without repeats, but {row} follows {previous}")
+        previous = row
+    if previous >= num_tokens:
+        raise CaptureRequestError(f"last_rows ask for row {previous} of a sequence of {num_tokens} tokens")
