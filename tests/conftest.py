@@ -36,6 +36,13 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray that all tests of the session share; tests that kill things start their own."""
     import ray
 
-    ray.init(address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=80 * 1024**2,  # the smallest that Ray takes: containers often have 64 MB of /dev/shm
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()

@@ -7,9 +7,9 @@ its output directory alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeGuard
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,9 @@ from services.errors import RecipeError
 from services.prompts.config import PromptsConfig
 from services.replay.config import ReplayConfig
 from services.target.config import TargetConfig
+
+PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
+"""Settings that may name a file beside the recipe: a value that begins with `./` is meant relative to its folder."""
 
 
 class TrainerConfig(BaseModel):
@@ -59,7 +62,8 @@ class TrainerConfig(BaseModel):
         unit = self.world_size * self.micro_batch_size
         if self.global_batch_size % unit:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of world_size × micro_batch_size = {unit}"
+                f"global_batch_size {self.global_batch_size} is not a multiple of world_size {self.world_size} × "
+                f"micro_batch_size {self.micro_batch_size} = {unit}; change one of the three"
             )
         return self
 
@@ -93,73 +97,124 @@ class Recipe(BaseModel):
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides.
 
-    Relative paths in a recipe are relative to the working directory, those that begin with `./` to the recipe's folder.
+    Relative paths are relative to the working directory; in the file, `target.model`, `prompts.source` and
+    `prompts.heldout` that begin with `./` are relative to the recipe's folder.
 
     Raises:
         RecipeError: The file is missing or no YAML, a key is unknown (the message names the nearest one), or a value
             does not fit.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of sections, not {type(tree).__name__}")
+    tree = _read(path)
+    overrides = list(overrides)
     for override in overrides:
         _apply(tree, override)
-    return build_recipe(tree, str(path))
+    return build_recipe(tree, " ".join([str(path), *overrides]))
 
 
 def build_recipe(tree: Mapping[str, Any], origin: str) -> Recipe:
-    """Validate a tree of plain values; `origin` is named in errors."""
+    """Validate a tree of plain values; `origin` is named in errors.
+
+    Raises:
+        RecipeError: A key is unknown, missing, or has a value that does not fit; one line for each.
+    """
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"{origin}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML where a key given twice is an error: the plain loader keeps the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    problem = f"{key_node.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        found = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise RecipeError(f"recipe {path} must be a mapping of sections (target, prompts, ...), and is {found}")
+    sections = known_sections()
+    # A section whose lines are all commented out is an empty section.
+    tree = {key: {} if value is None and key in sections else value for key, value in tree.items()}
+    for section, key in PATH_KEYS:
+        values = tree.get(section)
+        if isinstance(values, dict) and isinstance(value := values.get(key), str) and value.startswith("./"):
+            values[key] = str(path.parent.resolve() / value)
+    return tree
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
         raise RecipeError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
     *sections, leaf = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"override {override!r}: {section} is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: value is not YAML: {error}") from error
+    tree[leaf] = value
 
 
 def _explain(item: Any) -> str:
     """One pydantic error as a line: key, what is wrong, and the nearest known key for an unknown one."""
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] != "extra_forbidden":
-        given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given {item['input']!r})"
-        return f"  {key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{given}"
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"  {key}: unknown key; {_hint(key)}"
+    if item["type"] == "model_type" and key:
+        return f"  {key}: must be a section of settings (given {item['input']!r})"
+    given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given {item['input']!r})"
+    return f"  {key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _hint(key: str) -> str:
+    """What an unknown key was probably meant to be: its name in another section, a similar one in its own, any."""
     known = known_keys()
-    section = ".".join(location[:-1])
-    siblings = [name for name in known if name.rpartition(".")[0] == section]
-    nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5) or difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"known here: {', '.join(siblings)}"
-    return f"  {key}: unknown key; {hint}"
+    section, _, name = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    if similar := difflib.get_close_matches(name, siblings, n=1, cutoff=0.5):
+        return f"did you mean {f'{section}.' if section else ''}{similar[0]}?"
+    if similar := difflib.get_close_matches(name, [other.rpartition(".")[2] for other in known], n=1):
+        return f"did you mean {next(other for other in known if other.rpartition('.')[2] == similar[0])}?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def known_sections() -> list[str]:
+    """The sections of a recipe."""
+    return [name for name, field in Recipe.model_fields.items() if _is_section(field.annotation)]
 
 
 def known_keys() -> list[str]:
     """Every key a recipe can have, as `section` or `section.key`."""
-    return [".".join(path) for path, _ in _walk(Recipe, ())]
+    return list(_walk(Recipe, ""))
 
 
-def _walk(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], Any]]:
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        yield (*prefix, name), field
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _walk(kind, (*prefix, name))
+        yield prefix + name
+        if _is_section(field.annotation):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -16,7 +16,7 @@ class ReplayConfig(BaseModel):
 
     redis: str = Field(EMBEDDED, description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://")
     capacity: ByteSize = Field(
-        ByteSize(4 * 1024**3), description="most resident feature bytes, captures in flight included ('4GiB')"
+        ByteSize(4 * 1024**3), gt=0, description="most resident feature bytes, captures in flight included ('4GiB')"
     )
     wire_dtype: WireDtype = Field("bf16", description="dtype of features on the wire and in the buffer")
     chunk: ByteSize = Field(ByteSize(1024**2), gt=0, le=4 * 1024**2, description="most bytes of one chunk")
