@@ -110,6 +110,8 @@ class CaptureJob(Record):
     input_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     last_rows: tuple[int, ...]
+    ks: tuple[int, ...] | None = None
+    """The k of its uses still to be trained, ascending; None is all of them (a resumed run leaves some out)."""
 
     @property
     def num_tokens(self) -> int:
