@@ -105,10 +105,9 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
             does not fit.
     """
     tree = _read(path)
-    overrides = list(overrides)
     for override in overrides:
         _apply(tree, override)
-    return build_recipe(tree, " ".join([str(path), *overrides]))
+    return build_recipe(tree, str(path))
 
 
 def build_recipe(tree: Mapping[str, Any], origin: str) -> Recipe:
