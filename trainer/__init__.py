@@ -1,0 +1,1 @@
+"""Training jobs: recipes, the driver, the DeepSpeed loop, and the `slipstream` command."""

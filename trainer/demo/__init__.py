@@ -1,0 +1,1 @@
+"""Data of `slipstream demo`: its recipe and its tiny target."""

@@ -1,0 +1,82 @@
+"""What the streamed features are worth: the same run with and without their order.
+
+The control run is the demo with `drafter.permute_context=true`: every anchor sees the same features as before, but at
+permuted positions. What it still reaches it owes to the anchor token, to the Markov head and to features as a bag;
+the gap to the real run is what the target's context contributes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evaluation.bench.hardware import describe_hardware
+from services.errors import SlipstreamError
+
+
+class FeatureWorth(NamedTuple):
+    """Result of the benchmark."""
+
+    ordered: dict[str, Any]
+    """Summary of the run with features in place (the JSON of `slipstream demo --json`)."""
+    permuted: dict[str, Any]
+    """Summary of the control run."""
+
+    @property
+    def intervals_apart(self) -> bool:
+        """Whether the 95 % intervals of the two τ do not touch."""
+        low: float = self.ordered["accepted_length_end_interval"][0]
+        high: float = self.permuted["accepted_length_end_interval"][1]
+        return low > high
+
+    @property
+    def ratio(self) -> float:
+        """τ with features in place, over τ with permuted features."""
+        ordered: float = self.ordered["accepted_length_end"]
+        permuted: float = self.permuted["accepted_length_end"]
+        return ordered / permuted
+
+    def as_json(self) -> dict[str, Any]:
+        """One object for scripts."""
+        runs = {"ordered": self.ordered, "permuted": self.permuted}
+        return {
+            **{
+                name: {key: run[key] for key in run if key.startswith("accepted_length") or key in ("steps", "total_s")}
+                for name, run in runs.items()
+            },
+            "ratio": self.ratio,
+            "intervals_apart": self.intervals_apart,
+            "hardware": describe_hardware(),
+        }
+
+
+def measure_feature_worth(overrides: Sequence[str], say: Callable[[str], None]) -> FeatureWorth:
+    """Run the demo twice, one run after the other, with the same seeds and steps.
+
+    Args:
+        overrides: `section.key=value` settings for both runs.
+        say: Where progress goes.
+
+    Raises:
+        SlipstreamError: One of the runs failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
+        say("run 1 of 2: features in place")
+        ordered = _demo(Path(folder) / "ordered", overrides)
+        say("run 2 of 2: features at permuted positions")
+        permuted = _demo(Path(folder) / "permuted", [*overrides, "drafter.permute_context=true"])
+    return FeatureWorth(ordered, permuted)
+
+
+def _demo(output_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "trainer", "demo", "--json", "--output-dir", str(output_dir), *overrides]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SlipstreamError(f"{' '.join(command)} ended with exit code {done.returncode}")
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary

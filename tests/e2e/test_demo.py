@@ -1,0 +1,110 @@
+"""The main job as a user runs it: real Ray, Redis, gRPC and DeepSpeed, started by the command line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, Command, steps_done, wait_until
+
+from drafters import load_drafter
+
+Start = Callable[..., Command]
+
+SUMMARY_KEYS = {
+    "run_id", "output_dir", "steps", "resumed_from_step", "final_loss", "accepted_length_start", "accepted_length_end",
+    "tokens_trained", "tokens_captured", "peak_buffer_bytes", "buffer_capacity_bytes", "cache_bytes_avoided",
+    "trainer_wait_fraction", "ledger", "checkpoint", "events",
+}  # fmt: skip
+LEDGER_KEYS = {"planned", "trained", "skipped", "not_reached", "captured", "recaptured", "balanced"}
+
+
+@pytest.mark.timeout(400)
+def test_demo_trains_sums_up_and_goes_on(slipstream: Start, tmp_path: Path) -> None:
+    command = slipstream("demo", "--steps", "20", "--no-dashboard", "--json", *SMALL)
+    summary = command.json()
+    command.assert_nothing_left(within_s=15)
+
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["ledger"].keys() == LEDGER_KEYS
+    assert (summary["steps"], summary["resumed_from_step"]) == (20, None)
+    ledger = summary["ledger"]
+    assert ledger["balanced"]
+    assert ledger["trained"] == 20 * 8
+    assert ledger["planned"] == ledger["trained"] + ledger["skipped"] + ledger["not_reached"]
+    assert ledger["captured"] >= ledger["trained"]
+    assert 0 < summary["peak_buffer_bytes"] <= summary["buffer_capacity_bytes"]
+    assert summary["tokens_captured"] >= summary["tokens_trained"] > 0
+    assert summary["lossless"] is True
+    assert summary["accepted_length_start"] >= 1.0
+    checkpoint = Path(summary["checkpoint"])
+    assert (tmp_path / "slipstream-demo" / "step_latest").resolve() == checkpoint
+    load_drafter(checkpoint, dtype=torch.float32)
+
+    longer = slipstream("demo", "--steps", "30", "--json", *SMALL).json()
+    assert (longer["steps"], longer["resumed_from_step"]) == (30, 20)
+    assert longer["run_id"] == summary["run_id"]
+    assert longer["ledger"]["trained"] == 30 * 8
+    assert longer["ledger"]["balanced"]
+    assert longer["accepted_length_start"] == summary["accepted_length_start"]
+
+
+@pytest.mark.timeout(400)
+def test_demo_killed_half_way_leaves_nothing_and_resumes(slipstream: Start, tmp_path: Path) -> None:
+    output_dir = tmp_path / "slipstream-demo"
+    arguments = ["demo", "--steps", "40", "--json", *SMALL]
+    command = slipstream(*arguments)
+    wait_until(lambda: steps_done(output_dir) >= 17, 150, lambda: command.errors)
+    command.signal_group(signal.SIGKILL)
+    command.process.wait()
+    command.assert_nothing_left(within_s=15)
+
+    summary = slipstream(*arguments).json()
+    assert summary["resumed_from_step"] >= 15
+    assert summary["resumed_from_step"] % 5 == 0
+    assert summary["steps"] == 40
+    ledger = summary["ledger"]
+    assert ledger["balanced"]
+    assert ledger["trained"] == 40 * 8
+    assert ledger["recaptured"] > 0, "what was captured but not trained before the kill is captured again"
+
+
+@pytest.mark.timeout(300)
+def test_demo_interrupted_writes_a_checkpoint_and_says_how_to_resume(slipstream: Start, tmp_path: Path) -> None:
+    output_dir = tmp_path / "slipstream-demo"
+    command = slipstream("demo", "--steps", "1000", *SMALL)
+    wait_until(lambda: steps_done(output_dir) >= 7, 150, lambda: command.errors)
+    command.signal_group(signal.SIGINT)
+    code, _ = command.result()
+    assert code == 1
+    assert "run the same command again" in command.errors
+    assert "Traceback" not in command.errors
+    command.assert_nothing_left(within_s=15)
+    assert int((output_dir / "step_latest").resolve().name.removeprefix("step_")) >= 7
+
+
+@pytest.mark.timeout(300)
+def test_interrupt_during_start_leaves_nothing(slipstream: Start, tmp_path: Path) -> None:
+    command = slipstream("demo", "--steps", "1000", *SMALL)
+    wait_until(lambda: len(command.left_behind()) > 4, 60, lambda: command.errors)
+    command.signal_group(signal.SIGINT)
+    code, _ = command.result()
+    assert code == 1
+    assert "Traceback" not in command.errors
+    command.assert_nothing_left(within_s=15)
+
+
+@pytest.mark.timeout(300)
+def test_two_ranks_and_two_targets_train_together(slipstream: Start) -> None:
+    command = slipstream(
+        "demo", "--steps", "6", "--json", *SMALL,
+        "trainer.world_size=2", "trainer.micro_batch_size=2", "target.replicas=2",
+    )  # fmt: skip
+    summary = command.json()
+    assert summary["steps"] == 6
+    assert summary["ledger"]["balanced"]
+    assert summary["ledger"]["trained"] == 6 * 8
+    command.assert_nothing_left(within_s=15)

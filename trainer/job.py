@@ -1,0 +1,295 @@
+"""A training job, from an empty output directory to a drafter: start the parts, watch them, sum up.
+
+    prompts ─► Coordinator ─► work queue ─► ReplayShard ◄── gRPC ── TargetServer × N
+                    │                           ▼
+                    └─ step leases ─► ranks ◄─ Redis ─► checkpoints ─► Evaluator ─► τ
+
+The driver carries no tensors: it places actors, reads telemetry and ends everything in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import ray
+from services.prompts.coordinator import Coordinator, CoordinatorSettings
+from services.replay.connect import check_server, claim, connect
+from services.replay.embedded import EmbeddedRedis
+from services.replay.registry import TargetRegistry
+from services.replay.shard import ReplayShard
+from services.replay.table import RedisTable
+from services.target.pool import TargetPool
+from services.telemetry import TelemetryReader
+
+from services.contracts import DTYPE_BYTES, TableSignature
+from services.errors import SlipstreamError, TargetError
+from services.replay.config import EMBEDDED, ReplayConfig
+from trainer.checkpoint import checkpoint_step, latest_checkpoint
+from trainer.cluster import ray_cluster, start_actor, wait_placed
+from trainer.console import RunConsole
+from trainer.evaluations import Evaluations
+from trainer.observer import Observer
+from trainer.output import OutputDir, claim_output_dir
+from trainer.preparation import Preparation, prepare
+from trainer.rank import TrainerRank
+from trainer.recipe import Recipe
+from trainer.result import TrainResult
+from trainer.summary import LedgerFigures, Summary
+
+POLL_S = 0.25
+"""How often the driver looks at the run."""
+
+LOAD_DEADLINE_S = 600.0
+"""How long a target may take to load its weights."""
+
+ANSWER_DEADLINE_S = 120.0
+"""How long a part may take to answer a question that needs no long work."""
+
+LOOKAHEAD = 2
+"""Captures in the work queue for each one that the shard pulls at once."""
+
+STOP_DEADLINE_S = 60.0
+"""A run that is asked to stop has this long to finish its step and write a checkpoint."""
+
+
+def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: float) -> Summary:
+    """Run a training job, or go on with the one in the recipe's output directory.
+
+    Args:
+        recipe: What to train.
+        console: Where progress is shown.
+        local_ray: Start a Ray of its own even if a cluster is running.
+        started_s: Wall-clock time at which the user's command began, for the figures.
+
+    Raises:
+        SlipstreamError: Something the user can act on: a wrong setting, a part that failed.
+        KeyboardInterrupt: The user stopped the run; it has been ended in order and can be resumed.
+    """
+    prepared = prepare(recipe)
+    console.phase("starting Redis and Ray")
+    with (
+        claim_output_dir(prepared.recipe) as output,
+        replay_redis(recipe.replay, output) as url,
+        ray_cluster(local=local_ray),
+        Job(prepared, output, url, console, started_s) as job,
+    ):
+        job.start()
+        try:
+            job.watch()
+        except KeyboardInterrupt:
+            job.stop_after_step()
+            raise
+        return job.finish()
+
+
+@contextlib.contextmanager
+def replay_redis(config: ReplayConfig, output: OutputDir) -> Iterator[str]:
+    """The URL of the Redis that holds this run: an embedded one that ends with it, or the user's own."""
+    if config.redis == EMBEDDED:
+        embedded = EmbeddedRedis.start(output.path, config.capacity)
+        try:
+            yield embedded.url
+        finally:
+            embedded.close()
+        return
+    client = connect(config.redis)
+    check_server(client, config.capacity)
+    with claim(client, table_prefix(output), owner=str(output.path)):
+        yield config.redis
+
+
+def table_prefix(output: OutputDir) -> str:
+    """What every Redis key of a run begins with."""
+    return f"slipstream:{output.run_id}"
+
+
+class Job:
+    """The parts of one attempt of a run; leaving the context ends them all."""
+
+    def __init__(
+        self, prepared: Preparation, output: OutputDir, redis_url: str, console: RunConsole, started_s: float
+    ) -> None:
+        self._prepared = prepared
+        self._recipe = prepared.recipe
+        self._output = output
+        self._console = console
+        self._started_s = started_s
+        self._resume = latest_checkpoint(output.path)
+        self._where = (redis_url, table_prefix(output))
+        self._redis = connect(redis_url)
+        self._table = RedisTable(self._redis, table_prefix(output))
+        self._registry = TargetRegistry(self._redis, table_prefix(output))
+        self._pool = TargetPool(self._recipe.target, self._publish_targets)
+        self._evaluations = Evaluations(self._recipe, output.evaluations)
+        self._actors: list[Any] = []
+        self._results: dict[int, TrainResult] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._evaluations.close()
+        for actor in reversed(self._actors):
+            ray.kill(actor)
+        self._pool.stop()
+        self._table.destroy()
+
+    def start(self) -> None:
+        """Place every part and let the ranks begin."""
+        recipe, signature = self._recipe, self._prepared.signature
+        self._console.phase("starting target, replay shard, coordinator and trainer")
+        self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
+        self._table.create(recipe.replay.capacity, signature, max_times_sampled=recipe.replay.reuse)
+        self._pool.start()
+        self._coordinator = self._start_coordinator()
+        shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
+        ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
+        wait_placed([self._coordinator, shard], "coordinator and replay shard")
+        wait_placed(ranks, "trainer ranks")
+        self._pool.wait_ready(LOAD_DEADLINE_S)
+        self._check_target()
+        self._shard_run = shard.run.remote()
+        store = ray.get(ranks[0].open_store.remote(), timeout=ANSWER_DEADLINE_S)
+        self._training = {actor.train.remote(store): rank for rank, actor in enumerate(ranks)}
+        self._observer = Observer(
+            self._console,
+            self._output.telemetry,
+            TelemetryReader(self._redis, table_prefix(self._output)),
+            self._table,
+            self._coordinator,
+            self._started_s,
+        )
+        if self._resume:
+            self._console.say(f"resumed from {self._resume}")
+
+    def watch(self) -> None:
+        """Follow the run until every rank has finished; raises what a part died of."""
+        self._console.phase("filling the replay buffer")
+        while self._training:
+            done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
+            for future in done:
+                result = ray.get(future)
+                if future == self._shard_run:
+                    raise SlipstreamError("the replay shard ended before training did")
+                self._results[self._training.pop(future)] = result
+            for event in self._pool.events():
+                self._observer.report(event)
+            self._observer.look()
+            if self._observer.first_step_s is not None:
+                self._evaluate_start()
+
+    def stop_after_step(self) -> None:
+        """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`."""
+        if not self._training:
+            return
+        self._console.say("stopping after this step; press Ctrl-C again to stop at once")
+        ray.get(self._coordinator.stop_granting.remote(), timeout=ANSWER_DEADLINE_S)
+        ray.wait(list(self._training), num_returns=len(self._training), timeout=STOP_DEADLINE_S)
+
+    def finish(self) -> Summary:
+        """Measure the trained drafter and sum up."""
+        self._observer.look()
+        newest = latest_checkpoint(self._output.path)
+        assert newest is not None, "rank 0 publishes a checkpoint before it ends"
+        self._evaluate_start()
+        self._evaluations.request(newest, self._heldout_prompts)
+        self._console.phase("decoding held-out prompts with the trained drafter")
+        while not self._evaluations.is_idle:
+            self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
+        ledger = ray.get(self._coordinator.finish.remote(), timeout=ANSWER_DEADLINE_S)
+        progress, result, buffer = self._observer.progress(), self._results[0], self._table.info()
+        start, end = self._evaluations.report(self._output.path / "step_0"), self._evaluations.report(newest)
+        summary = Summary(
+            run_id=self._output.run_id,
+            output_dir=str(self._output.path),
+            steps=result.steps,
+            resumed_from_step=checkpoint_step(self._resume) if self._resume else None,
+            final_loss=result.final_loss,
+            accepted_length_start=start.accepted_length if start else None,
+            accepted_length_start_interval=start.interval if start else None,
+            accepted_length_end=end.accepted_length if end else None,
+            accepted_length_end_interval=end.interval if end else None,
+            lossless=end.lossless if end else None,
+            tokens_trained=progress.tokens_trained,
+            tokens_captured=progress.tokens_captured,
+            peak_buffer_bytes=buffer.peak_bytes,
+            buffer_capacity_bytes=buffer.capacity_bytes,
+            cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
+            trainer_wait_fraction=result.wait_fraction,
+            first_step_s=self._observer.first_step_s,
+            total_s=time.time() - self._started_s,
+            ledger=LedgerFigures.model_validate(ledger.model_dump()),
+            checkpoint=str(newest),
+            events=self._observer.events,
+        )
+        self._output.summary.write_text(summary.model_dump_json(indent=2) + "\n")
+        return summary
+
+    def _start(self, cls: type, *args: Any, **options: Any) -> Any:
+        actor = start_actor(cls, *args, **options)
+        self._actors.append(actor)
+        return actor
+
+    def _start_coordinator(self) -> Any:
+        recipe, trainer = self._recipe, self._recipe.trainer
+        settings = CoordinatorSettings(
+            reuse=recipe.replay.reuse,
+            last_rows=self._prepared.last_rows,
+            world_size=trainer.world_size,
+            micro_batch_size=trainer.micro_batch_size,
+            accumulation=trainer.accumulation,
+            max_steps=trainer.max_steps,
+            deterministic=trainer.deterministic,
+            tail=trainer.tail,
+            lookahead_captures=LOOKAHEAD * recipe.replay.pulls,
+            capture_log=str(self._output.capture_log),
+            ledger=str(self._resume / "ledger.jsonl") if self._resume else None,
+            generation=self._output.attempt,
+        )
+        concurrency = 2 * trainer.world_size + 4  # every rank may wait for a lease while the driver asks
+        model = str(self._prepared.target_folder)
+        return self._start(Coordinator, recipe.prompts, model, *self._where, settings, max_concurrency=concurrency)
+
+    def _start_rank(self, rank: int) -> Any:
+        trainer = self._recipe.trainer
+        return self._start(
+            TrainerRank,
+            rank,
+            self._recipe,
+            *self._where,
+            self._prepared.signature,
+            self._coordinator,
+            str(self._output.path),
+            str(self._resume) if self._resume else None,
+            self._output.attempt,
+            num_cpus=trainer.num_cpus,
+            num_gpus=trainer.num_gpus,
+        )
+
+    def _publish_targets(self, addresses: Sequence[str]) -> None:
+        self._registry.publish(addresses, time.time())
+
+    def _check_target(self) -> None:
+        described, expected = self._pool.describe(), self._prepared.signature
+        if described.fingerprint != expected.fingerprint:
+            raise TargetError(
+                f"the target answers as {described.model_name} with fingerprint {described.fingerprint}, its config "
+                f"here says {expected.fingerprint}: do all nodes see the same model folder?"
+            )
+
+    def _evaluate_start(self) -> None:
+        """Have the untrained drafter measured, once, beside the training."""
+        self._evaluations.request(self._output.path / "step_0", self._heldout_prompts)
+        self._observer.show_reports(self._evaluations.collect())
+
+    def _heldout_prompts(self, count: int) -> list[list[int]]:
+        prompts: list[list[int]] = ray.get(self._coordinator.heldout_prompts.remote(count), timeout=ANSWER_DEADLINE_S)
+        return prompts
+
+
+def cache_bytes(num_tokens: int, signature: TableSignature) -> int:
+    """What a feature cache on disk would take: every row of every captured layer and of the last one, in bf16."""
+    return num_tokens * (len(signature.layer_ids) + 1) * signature.hidden_size * DTYPE_BYTES["bf16"]

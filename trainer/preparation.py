@@ -1,0 +1,74 @@
+"""What can be known, and refused, before anything is started: shapes, layer ids, bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from drafters.config import DrafterConfig
+from drafters.registry import find_algorithm
+from services.contracts import LastRows, TableSignature
+from services.errors import RecipeError
+from services.models import ModelShape, find_model, read_shape
+from trainer.recipe import Recipe
+
+
+class Preparation(NamedTuple):
+    """A recipe that fits its target."""
+
+    recipe: Recipe
+    """With layer ids and mask token filled in."""
+    target_folder: Path
+    shape: ModelShape
+    signature: TableSignature
+    last_rows: LastRows
+    needed_buffer_bytes: int
+    """The least capacity that can hold the micro-batches in flight at the longest prompt."""
+
+
+def prepare(recipe: Recipe) -> Preparation:
+    """Check a recipe against its target's config.
+
+    Raises:
+        TargetError: The target's config cannot be found or read.
+        RecipeError: Layer ids or mask token do not fit the target, prompts are longer than the target's context, or
+            the buffer cannot hold what the trainer needs at once.
+    """
+    folder = find_model(recipe.target.model, weights=False)
+    shape = read_shape(folder)
+    try:
+        drafter: DrafterConfig = recipe.drafter.resolve(
+            num_target_layers=shape.num_layers, vocab_size=shape.vocab_size, model_type=shape.model_type
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    longest = recipe.prompts.max_length
+    if shape.max_tokens and longest > shape.max_tokens:
+        raise RecipeError(
+            f"prompts.max_length {longest} is more than the target's context of {shape.max_tokens} tokens; lower it"
+        )
+    assert drafter.target_layer_ids is not None
+    signature = TableSignature(
+        fingerprint=shape.fingerprint,
+        layer_ids=drafter.target_layer_ids,
+        hidden_size=shape.hidden_size,
+        dtype=recipe.replay.wire_dtype,
+    )
+    trainer = recipe.trainer
+    # Each rank holds its prefetched micro-batches and the one it trains on, while the next one is being completed.
+    samples_held = trainer.world_size * trainer.micro_batch_size * (trainer.prefetch + 2)
+    needed = samples_held * signature.sample_bytes(longest, longest)
+    if recipe.replay.capacity < needed:
+        raise RecipeError(
+            f"replay.capacity {recipe.replay.capacity} cannot hold the micro-batches in flight: {samples_held} samples "
+            f"of up to {longest} tokens need {needed} bytes ({needed / 1024**2:.0f}MiB). Raise replay.capacity, or "
+            "lower prompts.max_length, trainer.micro_batch_size or trainer.prefetch"
+        )
+    return Preparation(
+        recipe=recipe.model_copy(update={"drafter": drafter}),
+        target_folder=folder,
+        shape=shape,
+        signature=signature,
+        last_rows=LastRows(find_algorithm(drafter.algorithm).last_rows),
+        needed_buffer_bytes=needed,
+    )
