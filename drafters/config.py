@@ -18,6 +18,7 @@ class DrafterConfig(BaseModel):
     num_anchors: int = Field(512, ge=1, description="A: most anchors drawn from a sequence")
     target_layer_ids: tuple[int, ...] | None = Field(
         None,
+        min_length=1,
         description="captured target layers, ascending, never the last; null spreads five evenly; -1 is the embedding",
     )
     mask_token_id: int | None = Field(None, description="token that stands for an undrafted place; null: the family's")
@@ -29,6 +30,9 @@ class DrafterConfig(BaseModel):
     ce_loss_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy against the labels")
     l1_loss_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
     confidence_head_alpha: float = Field(1.0, ge=0, description="weight of the confidence loss")
+    permute_context: bool = Field(
+        False, description="control for benchmarks: context features lose their place, so only their content can help"
+    )
 
     def resolve(self, *, num_target_layers: int, vocab_size: int, model_type: str) -> Self:
         """Fill in layer ids and mask token for a target, and check both against it.

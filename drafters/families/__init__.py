@@ -1,0 +1,1 @@
+"""What differs between families of targets: their decoder layers, norms and rotary embeddings."""

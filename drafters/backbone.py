@@ -1,0 +1,185 @@
+"""The block-parallel backbone of DFlash and DSpark: one forward pass drafts whole blocks (specs: "Backbone")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from drafters.anchors import Anchors, anchor_candidates, block_inputs, block_positions
+from drafters.attention import BlockLayout, KeyValues, Rope
+from drafters.batch import FeatureBatch
+from drafters.config import DrafterConfig
+from drafters.drafter import Drafter
+from drafters.families.family import Family
+
+FIRST_CACHE_ROWS = 64
+"""Context rows that a drafting cache has room for at first; it doubles as needed."""
+
+
+class ContextCache:
+    """Keys and values of one layer's context rows, growing without copying everything at each append."""
+
+    def __init__(self) -> None:
+        self._room: KeyValues | None = None
+        self._length = 0
+
+    def append(self, rows: KeyValues) -> None:
+        """Add rows [1, key heads, R, head size] at the end."""
+        end = self._length + rows.keys.shape[2]
+        if self._room is None or end > self._room.keys.shape[2]:
+            self._grow(rows, max(FIRST_CACHE_ROWS, 2 * end))
+        assert self._room is not None
+        self._room.keys[:, :, self._length : end] = rows.keys
+        self._room.values[:, :, self._length : end] = rows.values
+        self._length = end
+
+    def rows(self) -> KeyValues:
+        """All rows so far; a view."""
+        assert self._room is not None
+        return KeyValues(self._room.keys[:, :, : self._length], self._room.values[:, :, : self._length])
+
+    def _grow(self, like: KeyValues, capacity: int) -> None:
+        old = self._room
+        batch, heads, _, size = like.keys.shape
+        self._room = KeyValues(*(rows.new_empty(batch, heads, capacity, size) for rows in like))
+        if old is not None:
+            self._room.keys[:, :, : self._length] = old.keys[:, :, : self._length]
+            self._room.values[:, :, : self._length] = old.values[:, :, : self._length]
+
+
+@dataclass
+class BlockDraftState:
+    """Drafting of one sequence: the context that every layer has seen.
+
+    Attributes:
+        caches: One for each layer.
+        generator: Draws positions for the ``permute_context`` control.
+        num_context: Observed rows; the next anchor's position.
+    """
+
+    caches: list[ContextCache]
+    generator: torch.Generator = field(repr=False)
+    num_context: int = 0
+
+
+class BlockBackbone(Drafter):
+    """Backbone, drafting cache and frozen head; subclasses add heads and the loss."""
+
+    def __init__(self, config: PretrainedConfig, settings: DrafterConfig, family: Family) -> None:
+        super().__init__(config, settings, family)
+        assert settings.target_layer_ids is not None, "settings are resolved"
+        num_features = len(settings.target_layer_ids) * config.hidden_size
+        self.fc = nn.Linear(num_features, config.hidden_size, bias=False)
+        self.hidden_norm = family.norm(config)
+        self.layers = nn.ModuleList(family.block_layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = family.norm(config)
+        self.rotary = family.rotary(config)
+
+    def reset_buffers(self) -> None:
+        """Make the rotary frequencies anew."""
+        self.rotary = self.family.rotary(self.config)
+
+    def needed_rows(self, loss_mask: Tensor) -> Tensor:
+        """Row r where r and r + 1 are supervised: [B, T] → [B, T] bool."""
+        return anchor_candidates(loss_mask)
+
+    def block_hidden(self, batch: FeatureBatch, anchors: Anchors, generators: Sequence[torch.Generator]) -> Tensor:
+        """Backbone output of every slot of every block.
+
+        Args:
+            batch: B rows.
+            anchors: [B, A], on the batch's device.
+            generators: One a row; only the ``permute_context`` control draws from them.
+
+        Returns:
+            [B, A, γ, D], after the final norm.
+        """
+        block_size = self._block_size
+        layout = BlockLayout.of_anchors(anchors, block_size, batch.input_ids.device)
+        context = self._fuse(batch.target_hidden_states)
+        context_rope = self._rope(context, self._context_positions(batch, generators))
+        positions = block_positions(anchors.positions, block_size).flatten(1)
+        inputs = block_inputs(batch.input_ids, anchors, block_size, self._mask_token_id).flatten(1)
+        blocks = self.embed_tokens(inputs)
+        block_rope = self._rope(blocks, positions)
+        for layer in self.layers:
+            blocks = layer(blocks, layer.project_context(context, context_rope), block_rope, layout)
+        hidden: Tensor = self.norm(blocks)
+        return hidden.unflatten(1, (-1, block_size))
+
+    def start_drafting(self, seed: int = 0) -> BlockDraftState:
+        """A state without context."""
+        return BlockDraftState([ContextCache() for _ in self.layers], torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def observe(self, state: BlockDraftState, features: Tensor, next_token_ids: Tensor) -> None:
+        """Append context rows; the tokens that follow them are not used.
+
+        Raises:
+            ValueError: ``features`` is not [R, L·D].
+        """
+        if features.dim() != 2 or features.shape[1] != self.fc.in_features:
+            raise ValueError(f"features must be [R, {self.fc.in_features}], got {list(features.shape)}")
+        context = self._fuse(features[None])
+        total = state.num_context + len(features)
+        positions = torch.arange(state.num_context, total)
+        if self.settings.permute_context:
+            positions = torch.randint(total, (len(features),), generator=state.generator)
+        rope = self._rope(context, positions[None].to(context.device))
+        for layer, cache in zip(self.layers, state.caches, strict=True):
+            cache.append(layer.project_context(context, rope))
+        state.num_context = total
+
+    def draft_hidden(self, state: BlockDraftState, anchor_id: int) -> Tensor:
+        """Backbone output of the block whose anchor follows the observed rows: [γ, D].
+
+        Raises:
+            ValueError: Nothing was observed yet.
+        """
+        if not state.num_context:
+            raise ValueError("nothing observed: a proposal needs the features of the tokens before its anchor")
+        block_size = self._block_size
+        device = self.embed_tokens.weight.device
+        inputs = torch.full((1, block_size), self._mask_token_id, device=device)
+        inputs[0, 0] = anchor_id
+        blocks = self.embed_tokens(inputs)
+        positions = torch.arange(state.num_context, state.num_context + block_size, device=device)
+        rope = self._rope(blocks, positions[None])
+        layout = BlockLayout.of_one_block(state.num_context, block_size)
+        for layer, cache in zip(self.layers, state.caches, strict=True):
+            blocks = layer(blocks, cache.rows(), rope, layout)
+        hidden: Tensor = self.norm(blocks)
+        return hidden[0]
+
+    @property
+    def _block_size(self) -> int:
+        return self.settings.block_size
+
+    @property
+    def _mask_token_id(self) -> int:
+        assert self.settings.mask_token_id is not None, "settings are resolved"
+        return self.settings.mask_token_id
+
+    def _fuse(self, features: Tensor) -> Tensor:
+        """Context rows of all layers: [B, T, L·D] → [B, T, D]."""
+        fused: Tensor = self.hidden_norm(self.fc(features.to(self.embed_tokens.weight.dtype)))
+        return fused
+
+    def _rope(self, like: Tensor, positions: Tensor) -> Rope:
+        return Rope(*self.rotary(like, positions))
+
+    def _context_positions(self, batch: FeatureBatch, generators: Sequence[torch.Generator]) -> Tensor:
+        """RoPE positions of context rows, [1, T], or [B, T] when the control permutes each row's own positions."""
+        length = batch.input_ids.shape[1]
+        positions = torch.arange(length)[None]
+        if self.settings.permute_context:
+            positions = positions.repeat(len(batch.input_ids), 1)
+            for row, num_tokens, generator in zip(
+                positions, batch.attention_mask.sum(-1).tolist(), generators, strict=True
+            ):
+                row[:num_tokens] = torch.randperm(num_tokens, generator=generator)
+        return positions.to(batch.input_ids.device)

@@ -1,0 +1,51 @@
+"""Make a new drafter for a target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from drafters.config import DrafterConfig
+from drafters.drafter import Drafter
+from drafters.registry import find_algorithm, find_family
+
+
+def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **settings: Any) -> Drafter:
+    """A drafter with new weights, in float32 and training mode; N(0, initializer_range), biases 0, norms 1.
+
+    Embedding and head are random too, until `copy_target_embeddings` brings the target's.
+
+    Args:
+        target_config: The target's config; a nested text config is what counts.
+        algorithm: Name in the registry.
+        **settings: Fields of `DrafterConfig`; layer ids and mask token have defaults by target.
+
+    Raises:
+        ValueError: Unknown algorithm or family, unknown or impossible setting.
+    """
+    text_config = target_config.get_text_config(decoder=True)
+    family = find_family(text_config.model_type)
+    drafter_class = find_algorithm(algorithm).load()
+    resolved = DrafterConfig(algorithm=algorithm, **settings).resolve(  # type: ignore[arg-type]  # checked above
+        num_target_layers=text_config.num_hidden_layers,
+        vocab_size=text_config.vocab_size,
+        model_type=text_config.model_type,
+    )
+    drafter = drafter_class(draft_config(text_config, resolved), resolved, family)
+    drafter.initialize_weights()
+    return drafter
+
+
+def draft_config(text_config: PretrainedConfig, settings: DrafterConfig) -> PretrainedConfig:
+    """The target's text config with the drafter's layers; what else the drafter is stands in its settings."""
+    values = text_config.to_dict()
+    values.update(
+        num_hidden_layers=settings.num_draft_layers,
+        layer_types=["full_attention"] * settings.num_draft_layers,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        sliding_window=None,
+        num_target_layers=text_config.num_hidden_layers,
+    )
+    return type(text_config).from_dict(values)

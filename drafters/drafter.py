@@ -1,0 +1,150 @@
+"""What every drafter is: a module that trains on feature batches and proposes tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from drafters.batch import FeatureBatch
+from drafters.config import DrafterConfig
+from drafters.families.family import Family
+from drafters.metrics import Reduce
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are argmax."""
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """What one forward pass for training gives.
+
+    Attributes:
+        loss: Scalar with gradient. With ``reduce``: this rank's part, and the sum over ranks is the global loss.
+        metrics: Global metrics by name.
+        draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``.
+        target_ids: [B, A, γ] labels.
+        eval_mask: [B, A, γ] bool; the other tensors count where it is true.
+        confidence_pred: [B, A, γ] confidence logits; None without the head.
+        aligned_target_logits: [B, A, γ, V] target logits that each slot is scored against.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float]
+    draft_logits: Tensor | None = None
+    target_ids: Tensor | None = None
+    eval_mask: Tensor | None = None
+    confidence_pred: Tensor | None = None
+    aligned_target_logits: Tensor | None = None
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens of one round.
+
+    Attributes:
+        token_ids: [n] int64, 0 ≤ n ≤ γ.
+        probabilities: [n, V] float32 distributions that they were sampled from; None when greedy.
+    """
+
+    token_ids: Tensor
+    probabilities: Tensor | None
+
+
+class Drafter(nn.Module, ABC):
+    """Base of the drafters. The state dict has the tensor names of the native checkpoint.
+
+    Attributes:
+        algorithm: Name in the registry.
+        config: The draft model's transformers config: the target's, with the drafter's layers.
+        settings: Resolved settings.
+        family: The target's family.
+        embed_tokens: [V, D], a frozen copy of the target's.
+        lm_head: [V, D], a frozen copy of the target's.
+    """
+
+    algorithm: str
+
+    def __init__(self, config: PretrainedConfig, settings: DrafterConfig, family: Family) -> None:
+        super().__init__()
+        self.config = config
+        self.settings = settings
+        self.family = family
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """New weights: linear and embedding N(0, initializer_range), biases 0, norms 1."""
+        deviation = getattr(self.config, "initializer_range", 0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, deviation)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+
+    @abstractmethod
+    def reset_buffers(self) -> None:
+        """Compute again what is in no checkpoint."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> TrainingOutput:
+        """`training_forward`, under the name that training engines call."""
+        return self.training_forward(*args, **kwargs)
+
+    @abstractmethod
+    def training_forward(
+        self,
+        batch: FeatureBatch,
+        *,
+        anchors: tuple[Tensor, Tensor] | None = None,
+        anchor_seeds: Sequence[int] | None = None,
+        sample_weights: Tensor | None = None,
+        return_logits: bool = False,
+        reduce: Reduce | None = None,
+        **loss_settings: float,
+    ) -> TrainingOutput:
+        """Loss and metrics of a batch."""
+
+    @abstractmethod
+    def needed_rows(self, loss_mask: Tensor) -> Tensor:
+        """Rows of the target's last hidden state that training reads: [B, T] → [B, T] bool."""
+
+    @abstractmethod
+    def start_drafting(self, seed: int = 0) -> Any:
+        """A fresh state for drafting one sequence; only the ``permute_context`` control uses the seed."""
+
+    @abstractmethod
+    def observe(self, state: Any, features: Tensor, next_token_ids: Tensor) -> None:
+        """Append verified context rows to a state, which is changed in place.
+
+        Args:
+            state: From `start_drafting`.
+            features: [R, L·D] target features of R consecutive positions.
+            next_token_ids: [R] the token that follows each of them.
+        """
+
+    @abstractmethod
+    def propose(
+        self,
+        state: Any,
+        anchor_id: int,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        confidence_threshold: float = 0.0,
+    ) -> Proposal:
+        """Draft the tokens after the anchor, which stands right after the observed rows. The state does not change.
+
+        Args:
+            state: From `start_drafting`, with every row before the anchor observed.
+            anchor_id: The newest committed token.
+            temperature: Of the draft distribution; below 1e-5 argmax.
+            generator: Where samples come from, on the drafter's device.
+            confidence_threshold: Above 0: cut before the first slot whose predicted acceptance is below it.
+        """
