@@ -96,6 +96,10 @@ class ReplayUnavailableError(ReplayError):
     status = "UNAVAILABLE"
 
 
+class TableLostError(ReplayError):
+    """The table is not in Redis: it was never created there, or Redis restarted empty."""
+
+
 class SampleTooLargeError(ReplayError):
     """One sample needs more bytes than the whole buffer holds."""
 

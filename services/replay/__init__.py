@@ -1,0 +1,1 @@
+"""The replay buffer: a table in Redis, the shard that fills it, the reader that trainers use."""

@@ -1,0 +1,45 @@
+-- admit: capture, attempt, bytes, number of uses, now, outcome (for a job whose sample is there already)
+local capture, attempt, num_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+if table_is_lost() then
+  return { 'LOST' }
+end
+local limits = redis.call('HMGET', key('table'), 'capacity', 'max_times_sampled')
+if num_bytes > tonumber(limits[1]) then
+  return { 'TOO_LARGE', limits[1] }
+end
+if tonumber(ARGV[4]) > tonumber(limits[2]) then
+  return { 'USES', limits[2] }
+end
+
+local known = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes')
+if known[1] == 'resident' then
+  if forget_job(capture) then
+    redis.call('RPUSH', key('outcomes'), ARGV[6])
+  end
+  return { 'KNOWN' }
+end
+if known[1] and attempt <= tonumber(known[2]) then
+  return { 'KNOWN' }
+end
+if known[1] and tonumber(known[3]) == num_bytes then
+  -- A newer attempt takes over the space of the one it replaces, so it can never wait behind a full buffer.
+  drop_chunks(capture)
+  redis.call('DEL', sample_key(capture))
+elseif known[1] then
+  free(capture)
+end
+
+local resident = tonumber(redis.call('HGET', key('table'), 'resident'))
+if not known[1] or tonumber(known[3]) ~= num_bytes then
+  if resident + num_bytes > tonumber(limits[1]) then
+    return { 'FULL' }
+  end
+  resident = redis.call('HINCRBY', key('table'), 'resident', ARGV[3])
+  if resident > tonumber(redis.call('HGET', key('table'), 'peak')) then
+    redis.call('HSET', key('table'), 'peak', resident)
+  end
+end
+redis.call('HSET', sample_key(capture), 'state', 'inserting', 'attempt', ARGV[2], 'bytes', ARGV[3], 'chunks', 0,
+  'stored', 0, 'admitted_s', ARGV[5])
+redis.call('SADD', key('inserting'), capture)
+return { 'ADMITTED' }

@@ -1,0 +1,177 @@
+"""Connections to Redis: clear errors, no password in any message, and what a server must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
+from redis.retry import Retry
+
+from services.errors import ReplayError, ReplayUnavailableError
+from services.replay.keys import table_key
+from services.replay.scripts import Scripts
+
+TIMEOUT_S = 10.0
+"""Longest wait for one answer of Redis; a blocking read must ask for less."""
+
+HEADROOM = 0.15
+"""Part of `maxmemory` that must stay free of features: metadata, buffers of connections, allocator waste."""
+
+PACK_INLINE_BYTES = 6000
+"""Longer arguments are sent as they lie in memory. It is redis-py's own bound."""
+
+
+def safe_url(url: str) -> str:
+    """The URL without its password, for messages."""
+    try:
+        parts = urlsplit(url)
+        query = [(name, "***" if name == "password" else value) for name, value in parse_qsl(parts.query)]
+    except ValueError:
+        return "(a URL that cannot be read)"
+    login, at, host = parts.netloc.rpartition("@")
+    user, colon, _ = login.partition(":")
+    netloc = f"{user}{':***' if colon else ''}{at}{host}"
+    text = urlunsplit((parts.scheme, netloc, parts.path, urlencode(query, safe="*/"), ""))
+    # urlunsplit drops the empty host of unix:///path.
+    return text.replace(f"{parts.scheme}:/", f"{parts.scheme}:///", 1) if not netloc and "://" not in text else text
+
+
+class Client(redis.Redis):
+    """redis-py's client whose failures are ReplayErrors that name the server.
+
+    A command is never sent twice by itself: an ack whose answer got lost must not look like a replayed one.
+    """
+
+    url: str
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Send one command.
+
+        Raises:
+            ReplayUnavailableError: Redis does not answer, or refuses the login.
+            ReplayError: Redis is at its `maxmemory`.
+        """
+        with _translated(self.url):
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    try:
+        yield
+    except redis.exceptions.AuthenticationError as error:
+        raise ReplayUnavailableError(
+            f"Redis at {safe_url(url)} refuses the login: {error}. Give user and password in replay.redis."
+        ) from error
+    except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+        raise ReplayUnavailableError(
+            f"Redis at {safe_url(url)} does not answer: {error}. Check replay.redis, and that the server runs and "
+            "can be reached from here."
+        ) from error
+    except redis.exceptions.OutOfMemoryError as error:
+        raise ReplayError(
+            f"Redis at {safe_url(url)} is at its maxmemory although the replay buffer is within its capacity: other "
+            "data takes the space. Raise maxmemory, lower replay.capacity, or use a Redis of its own."
+        ) from error
+
+
+def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Client:
+    """Connect and check that the server answers.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        timeout_s: Longest wait for the connection, and later for any one answer.
+
+    Raises:
+        ReplayError: The URL is none of these.
+        ReplayUnavailableError: The server does not answer.
+    """
+    try:
+        client = Client.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            # hiredis' packer is five times slower on the memoryviews that chunks are.
+            command_packer=PythonRespSerializer(PACK_INLINE_BYTES, _encode),
+        )
+    except ValueError as error:
+        raise ReplayError(
+            f"replay.redis {safe_url(url)!r} is no Redis URL: {error}. It looks like redis://host:6379/0, "
+            "rediss://host:6379/0 or unix:///path/to/redis.sock, or is the word 'embedded'."
+        ) from error
+    assert isinstance(client, Client)
+    client.url = url
+    client.ping()
+    return client
+
+
+def _encode(value: str | int | float | bytes | memoryview) -> bytes | memoryview:
+    if isinstance(value, bytes | memoryview):
+        return value
+    return value.encode() if isinstance(value, str) else repr(value).encode()
+
+
+def check_server(client: redis.Redis, capacity_bytes: int, prefix: str = "") -> None:
+    """Check that a Redis may hold this many bytes of features.
+
+    Args:
+        client: The server.
+        capacity_bytes: The replay buffer's capacity.
+        prefix: The table's own prefix. Tables under other prefixes count against the server's memory.
+
+    Raises:
+        ReplayError: It evicts keys, or its `maxmemory` less 15 % is below the capacities that share it.
+    """
+    memory = client.info("memory")
+    policy, limit = str(memory["maxmemory_policy"]), int(memory["maxmemory"])
+    if policy != "noeviction" and limit:
+        raise ReplayError(
+            f"Redis evicts keys when it is full (maxmemory-policy {policy}): samples would vanish. "
+            "Set maxmemory-policy noeviction, or use replay.redis=embedded."
+        )
+    if not limit:
+        return
+    usable = int(limit * (1 - HEADROOM))
+    others = 0
+    for key in client.scan_iter(match="*:table", count=1000, _type="HASH"):
+        if key.decode() != table_key(prefix):
+            others += int(client.hget(key, "capacity") or 0)
+    if capacity_bytes + others > usable:
+        shared = f", of which other tables have reserved {others}" if others else ""
+        raise ReplayError(
+            f"replay.capacity is {capacity_bytes} bytes, but Redis may use {usable} for features (maxmemory {limit} "
+            f"less {HEADROOM:.0%}{shared}). Lower replay.capacity to {max(usable - others, 0)} or raise maxmemory to "
+            f"{int((capacity_bytes + others) / (1 - HEADROOM)) + 1}."
+        )
+
+
+def claim(client: redis.Redis, prefix: str, owner: str, ttl_s: float) -> None:
+    """Claim a prefix, or renew one's own claim; call again well before `ttl_s` has passed.
+
+    Args:
+        client: The Redis of the run.
+        prefix: What to claim.
+        owner: Names the run and its process, for the error that another one gets.
+        ttl_s: After this time without renewal the claim ends.
+
+    Raises:
+        ReplayError: Another owner's claim is alive.
+    """
+    status, rest = Scripts(client, prefix).run("claim", owner, int(ttl_s * 1000))
+    if status == "OWNED":
+        raise ReplayError(
+            f"the prefix {prefix!r} in Redis belongs to {rest[0].decode()}, which is alive or died less than "
+            f"{ttl_s:g} s ago. Wait for it, stop it, or give this run another name."
+        )
+
+
+def release_claim(client: redis.Redis, prefix: str, owner: str) -> None:
+    """End one's own claim at once; another owner's is left alone."""
+    Scripts(client, prefix).run("unclaim", owner)

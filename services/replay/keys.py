@@ -1,0 +1,66 @@
+"""Names of the keys in Redis. Everything of a run lies under one prefix; the Lua scripts build the same names.
+
+| key | type | holds |
+|---|---|---|
+| `P:table` | hash | signature, capacity, resident and peak bytes, generation, counters |
+| `P:sample:<capture>` | hash | state (`inserting`, `resident`), attempt, bytes, number of chunks, the sample's record |
+| `P:uses:<capture>` | sorted set | the k that are neither leased nor acked |
+| `P:chunk:<capture>:<attempt>:<index>` | string | one payload |
+| `P:ready` | sorted set | captures with such a k, in the order they are leased |
+| `P:inserting` | set | captures in flight |
+| `P:leases`, `P:deadlines` | hash, sorted set | lease id to what it leases, lease id to its deadline |
+| `P:outcomes` | list | what became of captures, for the coordinator |
+| `P:work:queue`, `P:work:jobs`, `P:work:taken` | list, hash, sorted set | the work queue |
+| `P:targets` | sorted set | addresses of targets, by when they were last seen |
+| `P:owner` | string | who runs under this prefix; expires |
+| `P:telemetry` | stream | metrics and events |
+"""
+
+from __future__ import annotations
+
+import re
+
+import redis
+
+SCAN_COUNT = 1000
+
+
+def chunk_key(prefix: str, capture: int, attempt: int, index: int) -> str:
+    """Key of one chunk's payload."""
+    return f"{prefix}:chunk:{capture}:{attempt}:{index}"
+
+
+def table_key(prefix: str) -> str:
+    """Key of a table's settings and counters."""
+    return f"{prefix}:table"
+
+
+def owner_key(prefix: str) -> str:
+    """Key of a prefix's claim."""
+    return f"{prefix}:owner"
+
+
+def destroy(client: redis.Redis, prefix: str, *, keep_claim: bool = False) -> int:
+    """Remove every key under a prefix.
+
+    Args:
+        client: The Redis that holds them.
+        prefix: Whose keys to remove; keys of other prefixes stay.
+        keep_claim: Leave the claim, to clean up what an earlier owner left before using the prefix oneself.
+
+    Returns:
+        How many keys were removed.
+    """
+    pattern = re.sub(r"([\[\]*?\\^])", r"\\\1", prefix) + ":*"
+    kept = owner_key(prefix).encode()
+    removed = 0
+    batch: list[bytes] = []
+    for key in client.scan_iter(match=pattern, count=SCAN_COUNT):
+        if not (keep_claim and key == kept):
+            batch.append(key)
+        if len(batch) == SCAN_COUNT:
+            removed += int(client.unlink(*batch))
+            batch.clear()
+    if batch:
+        removed += int(client.unlink(*batch))
+    return removed
