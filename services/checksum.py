@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import google_crc32c
 import numpy as np
-from typing_extensions import Buffer
 
 from services.contracts import Chunk
 from services.errors import WireError
 
+Payload = bytes | bytearray | memoryview
 
-def crc32c(payload: Buffer) -> int:
+
+def crc32c(payload: Payload) -> int:
     """CRC-32C (Castagnoli) of a buffer's bytes, without copying them."""
     # The extension refuses memoryviews but takes arrays, and an array over a view costs no copy.
-    return google_crc32c.value(np.frombuffer(payload, dtype=np.uint8))
+    return int(google_crc32c.value(np.frombuffer(payload, dtype=np.uint8)))
 
 
-def verify(chunk: Chunk, payload: Buffer) -> None:
+def verify(chunk: Chunk, payload: Payload) -> None:
     """Check a payload against its chunk's length and checksum.
 
     Raises:

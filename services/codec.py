@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from typing_extensions import Buffer
 
 from services.contracts import WireDtype
 from services.errors import FeatureError, WireError
@@ -30,10 +29,10 @@ def byte_view(tensor: Tensor) -> memoryview:
             f"only a contiguous CPU tensor has a byte view, not shape {tuple(tensor.shape)} with strides "
             f"{tensor.stride()} on {tensor.device}: call .cpu().contiguous() first"
         )
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def decode(payload: Buffer, dtype: WireDtype, row_width: int) -> Tensor:
+def decode(payload: bytes | bytearray | memoryview, dtype: WireDtype, row_width: int) -> Tensor:
     """Copy a payload into a new tensor of shape [rows, row_width].
 
     Raises:

@@ -1,7 +1,7 @@
 """Which waiting requests share the next forward pass. Pure: no clock, no thread, no tensor.
 
-A forward pass over requests of lengths t_1 … t_n costs n · max(t) tokens, padding included. The oldest request leads, so
-none starves; those nearest to it in length join while n · max(t) stays within the token budget.
+A forward pass over requests of lengths t_1 … t_n costs n · max(t) tokens, padding included. The oldest request leads,
+so none starves; those nearest to it in length join while n · max(t) stays within the token budget.
 """
 
 from __future__ import annotations

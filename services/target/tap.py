@@ -35,7 +35,7 @@ class FeatureTap:
     """
 
     def __init__(self, model: nn.Module, layer_ids: Sequence[int]) -> None:
-        self._decoder = decoder_of(model)
+        self._decoder: Any = decoder_of(model)
         self._layer_ids = tuple(layer_ids)
         self._outputs: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -1,0 +1,83 @@
+"""The Ray actor of one target. Importing this module is quick: torch comes in when the actor loads its model."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from services.contracts import TargetDescription
+from services.errors import DeadlineError, SlipstreamError, TargetError
+from services.target.config import TargetConfig
+
+if TYPE_CHECKING:
+    from services.target.engine import Engine
+    from services.target.server import RunningServer
+
+
+class TargetServer:
+    """A target behind a gRPC server; use it through `ray.remote` with `max_concurrency` above 1.
+
+    It loads in a thread, so that `ping` tells a target that is placed and still loading from one that Ray cannot place.
+    A restarted actor loads again and has another address.
+    """
+
+    def __init__(self, config: TargetConfig, host: str = "127.0.0.1") -> None:
+        self._config = config
+        self._host = host
+        self._settled = threading.Event()
+        self._failure: SlipstreamError | None = None
+        self._engine: Engine | None = None
+        self._server: RunningServer | None = None
+        threading.Thread(target=self._load, name="target-load", daemon=True).start()
+
+    def ping(self) -> str | None:
+        """host:port if the target serves, None while it loads.
+
+        Raises:
+            TargetError: It failed to load, or its device failed.
+        """
+        if not self._settled.is_set():
+            return None
+        if self._failure is not None:
+            raise self._failure
+        assert self._engine is not None
+        assert self._server is not None
+        self._engine.check()
+        return self._server.address
+
+    def address(self, timeout_s: float = 600.0) -> str:
+        """host:port of the gRPC server, once it serves.
+
+        Raises:
+            TargetError: The target failed to load.
+            DeadlineError: It did not load in time.
+        """
+        if not self._settled.wait(timeout_s):
+            raise DeadlineError(f"target {self._config.model} did not load within {timeout_s:.0f} s")
+        address = self.ping()
+        assert address is not None
+        return address
+
+    def describe(self, timeout_s: float = 600.0) -> TargetDescription:
+        """What the target is, once it serves; raises as `address` does."""
+        self.address(timeout_s)
+        assert self._engine is not None
+        return self._engine.describe()
+
+    def _load(self) -> None:
+        try:
+            import torch
+
+            from services.target.engine import TransformersEngine
+            from services.target.server import serve
+
+            if self._config.threads is not None:
+                torch.set_num_threads(self._config.threads)
+            self._engine = TransformersEngine(self._config)
+            self._server = serve(self._engine, self._config, f"{self._host}:0")
+        except SlipstreamError as error:
+            self._failure = error
+        except Exception as error:  # handed to whoever asks, as the target's failure
+            self._failure = TargetError(f"target {self._config.model} failed to load: {type(error).__name__}: {error}")
+        finally:
+            self._settled.set()

@@ -1,0 +1,156 @@
+"""Client of one target. No torch here: payloads stay bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from services.contracts import WIRE_VERSION, CaptureJob, Chunk, TargetDescription, WireDtype
+from services.errors import (
+    CaptureRequestError,
+    FeatureError,
+    SlipstreamError,
+    TargetError,
+    TargetUnavailableError,
+    WireError,
+)
+from services.target.framing import unpack
+from services.target.request import DTYPE_TO_WIRE, MAX_CHUNK_BYTES
+from services.target.stream import StreamCheck
+from services.wire import target_pb2 as wire
+
+SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
+
+HEADER_BYTES = 64 * 1024
+"""Room for a chunk's metadata beside its payload."""
+
+ERRORS: dict[grpc.StatusCode, type[SlipstreamError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: CaptureRequestError,
+    grpc.StatusCode.DATA_LOSS: FeatureError,
+    grpc.StatusCode.UNAVAILABLE: TargetUnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TargetUnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: TargetUnavailableError,
+    grpc.StatusCode.CANCELLED: TargetUnavailableError,
+}
+"""What a status means to a caller; any other is a TargetError."""
+
+
+class TargetClient:
+    """One channel to one target. Threads may share it; each capture is a stream of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", MAX_CHUNK_BYTES + HEADER_BYTES),
+                ("grpc.enable_http_proxy", 0),
+                # Otherwise a new client of a restarted target inherits the old connection's back-off.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        self._describe = self._channel.unary_unary(
+            f"/{SERVICE}/Describe",
+            request_serializer=wire.DescribeRequest.SerializeToString,
+            response_deserializer=wire.DescribeResponse.FromString,
+        )
+        # No deserializer: gRPC would replace its errors' messages by one of its own.
+        self._capture = self._channel.unary_stream(
+            f"/{SERVICE}/Capture", request_serializer=wire.CaptureRequest.SerializeToString
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def describe(self, timeout_s: float = 10.0) -> TargetDescription:
+        """Ask the target what it is.
+
+        Raises:
+            TargetUnavailableError: It does not answer in time.
+            WireError: It speaks another wire version.
+            TargetError: What answers is no target.
+        """
+        try:
+            answer = self._describe(wire.DescribeRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._translate(error, "Describe") from error
+        if answer.wire_version != WIRE_VERSION:
+            raise WireError(
+                f"target {self.address} speaks wire version {answer.wire_version}, this is {WIRE_VERSION}: "
+                "run the same Slipstream version on both ends"
+            )
+        return TargetDescription(
+            model_name=answer.model_name,
+            fingerprint=answer.fingerprint,
+            num_layers=answer.num_layers,
+            hidden_size=answer.hidden_size,
+            vocab_size=answer.vocab_size,
+            dtype=answer.dtype,
+            max_tokens=answer.max_tokens,
+            engine=answer.engine,
+            wire_version=answer.wire_version,
+        )
+
+    def capture(
+        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+    ) -> Iterator[tuple[Chunk, memoryview]]:
+        """Stream the features of one job: its context chunks in row order, then those of the last hidden state.
+
+        The generator ends only after every row came, once. Closing it early cancels the call. The deadline covers the
+        whole stream, the caller's own pauses included.
+
+        Args:
+            job: Tokens and wanted rows; capture number and attempt label the chunks.
+            layer_ids: Layers of the context features, in the order of their concatenation.
+            wire_dtype: dtype of the payloads.
+            chunk_bytes: Most bytes of one payload.
+            timeout_s: Deadline of the whole capture, from the first `next`.
+
+        Yields:
+            The chunk's record and its payload, a read-only view that keeps the received message alive. The checksum is
+            not checked yet: `services.checksum.verify` does.
+
+        Raises:
+            CaptureRequestError: The target cannot give what is asked.
+            TargetUnavailableError: The target is dead, full, stopping, or too slow; another may do.
+            FeatureError: The target's features are not finite.
+            WireError: What came is not what was asked.
+            TargetError: The target failed.
+        """
+        request = wire.CaptureRequest(
+            wire_version=WIRE_VERSION,
+            sample_id=job.capture,
+            generation=job.attempt,
+            token_ids=job.input_ids,
+            layer_ids=layer_ids,
+            last_rows=job.last_rows,
+            dtype=DTYPE_TO_WIRE[wire_dtype],
+            chunk_bytes=chunk_bytes,
+        )
+        check = StreamCheck(job, num_layers=len(layer_ids), dtype=wire_dtype, chunk_bytes=chunk_bytes)
+        call = self._capture(request, timeout=timeout_s)
+        try:
+            for message in call:
+                framed = unpack(message)
+                yield check.accept(framed), framed.payload
+            check.finish()
+        except grpc.RpcError as error:
+            raise self._translate(error, f"Capture of sample {job.capture} ({job.num_tokens} tokens)") from error
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Close the channel; running captures end with TargetUnavailableError."""
+        self._channel.close()
+
+    def _translate(self, error: grpc.RpcError, what: str) -> SlipstreamError:
+        kind = ERRORS.get(error.code(), TargetError)
+        return kind(f"target {self.address}, {what}: {error.details()} ({error.code().name})")

@@ -1,0 +1,170 @@
+"""What runs the target's forward pass.
+
+Shape letters: B batch, T sequence length, D hidden size, L captured layers, R wanted rows of the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from services.codec import TORCH_DTYPES
+from services.contracts import TargetDescription
+from services.errors import TargetError, TargetUnavailableError
+from services.models import find_model, read_shape
+from services.target.config import TargetConfig
+from services.target.request import CaptureInputs
+from services.target.tap import FeatureTap, decoder_of
+
+
+class CapturedFeatures(NamedTuple):
+    """One sample's features, C-contiguous, on the CPU, in the dtype asked for."""
+
+    context: Tensor
+    """[T, L·D]: the wanted layers' outputs, concatenated in the order asked for."""
+    last: Tensor
+    """[R, D]: the wanted rows of the last hidden state, after the final norm."""
+
+
+class Engine(Protocol):
+    """Runs a frozen target. One thread calls `capture`."""
+
+    def describe(self) -> TargetDescription:
+        """What this target is."""
+        ...
+
+    def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
+        """One forward pass over checked requests that share their layer ids."""
+        ...
+
+    def check(self) -> None:
+        """Raise TargetError if the device can no longer compute, so that only a new process helps."""
+        ...
+
+
+class TransformersEngine:
+    """The decoder stack of a Hugging Face causal LM, without its head and without a KV cache.
+
+    Raises:
+        TargetError: The model cannot be found or loaded, or its files lack weights.
+    """
+
+    def __init__(self, config: TargetConfig) -> None:
+        folder = find_model(config.model, weights=True)
+        shape = read_shape(folder)
+        self._device = torch.device("cuda" if config.num_gpus > 0 and torch.cuda.is_available() else "cpu")
+        self._decoder = _load_decoder(str(folder), getattr(torch, config.dtype)).to(self._device)
+        self._description = TargetDescription(
+            model_name=config.model,
+            fingerprint=shape.fingerprint,
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            dtype=config.dtype,
+            max_tokens=min(shape.max_tokens or config.max_batch_tokens, config.max_batch_tokens),
+            engine=config.engine,
+        )
+
+    def describe(self) -> TargetDescription:
+        """What this target is."""
+        return self._description
+
+    def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
+        """One forward pass, right-padded; each sample's rows equal those of a pass of its own.
+
+        Args:
+            batch: Requests that share their layer ids, each within the target's bounds.
+
+        Raises:
+            TargetError: The device has not enough memory for this batch.
+            TargetUnavailableError: The device failed.
+        """
+        layer_ids = batch[0].layer_ids
+        if any(inputs.layer_ids != layer_ids for inputs in batch):
+            raise ValueError("the requests of one forward pass must share their layer ids")
+        try:
+            with torch.inference_mode():
+                return self._capture(batch, layer_ids)
+        except torch.OutOfMemoryError as error:
+            lengths = [inputs.num_tokens for inputs in batch]
+            raise TargetError(
+                f"{self._device} has not enough memory for a batch of {lengths} tokens: lower "
+                f"target.max_batch_tokens ({error})"
+            ) from error
+        except torch.AcceleratorError as error:
+            raise TargetUnavailableError(f"{self._device} failed, and this target must restart: {error}") from error
+
+    def _capture(self, batch: list[CaptureInputs], layer_ids: tuple[int, ...]) -> list[CapturedFeatures]:
+        input_ids_BT, attention_mask_BT = self._pad(batch)
+        with FeatureTap(self._decoder, layer_ids) as tap:
+            output = self._decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+            layers_LBTD = tap.take()
+        last_BTD = output.last_hidden_state
+        return [
+            CapturedFeatures(
+                context=_pack_context([layer[row] for layer in layers_LBTD], inputs),
+                last=_pack_last(last_BTD[row], inputs),
+            )
+            for row, inputs in enumerate(batch)
+        ]
+
+    def _pad(self, batch: list[CaptureInputs]) -> tuple[Tensor, Tensor | None]:
+        """Token ids and attention mask, both [B, T]; no mask if nothing is padded."""
+        longest = max(inputs.num_tokens for inputs in batch)
+        input_ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+        attention_mask_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, inputs in enumerate(batch):
+            input_ids_BT[row, : inputs.num_tokens] = torch.tensor(inputs.input_ids)
+            attention_mask_BT[row, : inputs.num_tokens] = 1
+        if all(inputs.num_tokens == longest for inputs in batch):
+            return input_ids_BT.to(self._device), None
+        return input_ids_BT.to(self._device), attention_mask_BT.to(self._device)
+
+    def check(self) -> None:
+        """Raise TargetError if the device can no longer compute, so that only a new process helps."""
+        if self._device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            raise TargetError(f"{self._device} no longer computes: {error}") from error
+
+
+def _load_decoder(folder: str, dtype: torch.dtype) -> nn.Module:
+    """The decoder stack in evaluation mode, weights converted to `dtype`."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise a dozen kinds, all meaning this
+        raise TargetError(f"target {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    model, loading = loaded
+    if loading["missing_keys"]:
+        names = sorted(loading["missing_keys"])
+        raise TargetError(
+            f"target {folder} lacks {len(names)} weights of its config, {names[0]} first: are all its files there?"
+        )
+    return decoder_of(model).eval().requires_grad_(False)
+
+
+def _pack_context(layers: Sequence[Tensor], inputs: CaptureInputs) -> Tensor:
+    """Concatenate and convert in one pass, on the layers' device; then to the CPU. Layers are [≥T, D] each."""
+    context = torch.empty(
+        inputs.num_tokens,
+        len(layers),
+        layers[0].shape[-1],
+        dtype=TORCH_DTYPES[inputs.dtype],
+        device=layers[0].device,
+    )
+    for position, layer in enumerate(layers):
+        context[:, position].copy_(layer[: inputs.num_tokens])
+    return context.flatten(1).cpu()
+
+
+def _pack_last(last: Tensor, inputs: CaptureInputs) -> Tensor:
+    rows = torch.tensor(inputs.last_rows, dtype=torch.long, device=last.device)
+    return last.index_select(0, rows).to(TORCH_DTYPES[inputs.dtype]).cpu()

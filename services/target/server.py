@@ -1,0 +1,214 @@
+"""The gRPC server of one target: Describe and Capture of proto/target.proto, health checking and reflection."""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.checksum import crc32c
+from services.codec import byte_view, check_finite
+from services.errors import DeadlineError, SlipstreamError, TargetError, UsageError
+from services.target.chunking import cut
+from services.target.config import TargetConfig
+from services.target.dispatcher import Dispatcher
+from services.target.engine import CapturedFeatures, Engine
+from services.target.framing import FramedChunk, pack
+from services.target.request import DTYPE_TO_WIRE, TENSOR_TO_WIRE, CaptureRequest, read_request
+from services.wire import target_pb2 as wire
+
+SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
+
+SPARE_RPCS = 8
+"""Calls served beyond the captures: Describe, health checks, reflection, and captures being refused."""
+
+CAPTURE_TIMEOUT_S = 600.0
+"""How long a capture may wait for its forward pass when its caller set no deadline."""
+
+
+class RunningServer:
+    """A serving target; stop it with `stop`.
+
+    Attributes:
+        address: host:port that clients connect to.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        server: grpc.Server,
+        health_servicer: health.HealthServicer,
+        dispatcher: Dispatcher[CapturedFeatures],
+    ) -> None:
+        self.address = address
+        self._server = server
+        self._health = health_servicer
+        self._dispatcher = dispatcher
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """Refuse new calls, let running ones go on for `grace_s` seconds, then end them and the server."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait()
+        self._dispatcher.close()
+
+
+def serve(engine: Engine, config: TargetConfig, address: str = "127.0.0.1:0") -> RunningServer:
+    """Serve an engine.
+
+    Args:
+        engine: What computes; its `capture` is called from one thread only.
+        config: Batching and concurrency limits.
+        address: host:port on the loopback interface; port 0 takes a free one.
+
+    Raises:
+        UsageError: The address is not on the loopback interface.
+        TargetError: The address cannot be bound.
+    """
+    host = address.rpartition(":")[0]
+    _refuse_beyond_loopback(host)
+    dispatcher: Dispatcher[CapturedFeatures] = Dispatcher(
+        engine.capture,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_samples=config.max_batch_samples,
+        batch_wait_s=config.batch_wait_ms / 1000,
+    )
+    max_rpcs = config.max_concurrent_captures + SPARE_RPCS
+    server = grpc.server(
+        ThreadPoolExecutor(max_rpcs, thread_name_prefix="target-rpc"),
+        maximum_concurrent_rpcs=max_rpcs,
+        options=[("grpc.so_reuseport", 0)],  # a taken port is an error, not a shared one
+    )
+    health_servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    server.add_generic_rpc_handlers((_Service(engine, dispatcher, config.max_concurrent_captures).handler(),))
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        dispatcher.close()
+        raise TargetError(f"target cannot listen on {address}: {error}; choose a free port, or 0") from error
+    server.start()
+    for service in ("", SERVICE):
+        health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return RunningServer(f"{host}:{port}", server, health_servicer, dispatcher)
+
+
+def _refuse_beyond_loopback(host: str) -> None:
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise UsageError(
+            f"target address {host!r} is not on the loopback interface: plain gRPC would serve anyone who reaches it. "
+            "Listen on 127.0.0.1 and forward the port over a channel you trust"
+        )
+
+
+class _Service:
+    def __init__(self, engine: Engine, dispatcher: Dispatcher[CapturedFeatures], max_concurrent_captures: int) -> None:
+        self._target = engine.describe()
+        self._dispatcher = dispatcher
+        self._max_concurrent_captures = max_concurrent_captures
+        self._slots = threading.BoundedSemaphore(max_concurrent_captures)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Describe": grpc.unary_unary_rpc_method_handler(
+                    self.describe,
+                    request_deserializer=wire.DescribeRequest.FromString,
+                    response_serializer=wire.DescribeResponse.SerializeToString,
+                ),
+                "Capture": grpc.unary_stream_rpc_method_handler(
+                    self.capture, request_deserializer=wire.CaptureRequest.FromString, response_serializer=pack
+                ),
+            },
+        )
+
+    def describe(self, message: wire.DescribeRequest, context: grpc.ServicerContext) -> wire.DescribeResponse:
+        return wire.DescribeResponse(**self._target.model_dump())
+
+    def capture(self, message: wire.CaptureRequest, context: grpc.ServicerContext) -> Iterator[FramedChunk]:
+        if not self._slots.acquire(blocking=False):
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this target serves {self._max_concurrent_captures} captures at once already: try again, ask another "
+                "target, or raise target.max_concurrent_captures",
+            )
+        try:
+            request = read_request(message, self._target)
+            features = self._compute(request, context)
+            if features is not None:
+                yield from _chunks(request, features)
+        except SlipstreamError as error:
+            _abort(context, error)
+        finally:
+            self._slots.release()
+
+    def _compute(self, request: CaptureRequest, context: grpc.ServicerContext) -> CapturedFeatures | None:
+        """The features, checked; None if the caller gave up."""
+        timeout_s = context.time_remaining()
+        timeout_s = CAPTURE_TIMEOUT_S if timeout_s is None else timeout_s
+        ticket = self._dispatcher.submit(request.inputs)
+        if not context.add_callback(lambda: self._dispatcher.cancel(ticket)):
+            self._dispatcher.cancel(ticket)
+        try:
+            features = ticket.future.result(timeout_s)
+        except CancelledError:
+            return None
+        except TimeoutError as error:
+            self._dispatcher.cancel(ticket)
+            raise DeadlineError(
+                f"no forward pass for {request.inputs.num_tokens} tokens within {timeout_s:.1f} s: "
+                "the target has more captures than it can compute"
+            ) from error
+        check_finite(features.context, f"context of sample {request.sample_id}")
+        check_finite(features.last, f"last hidden state of sample {request.sample_id}")
+        return features
+
+
+def _abort(context: grpc.ServicerContext, error: SlipstreamError) -> NoReturn:
+    context.abort(grpc.StatusCode[error.status], str(error))
+    raise AssertionError("abort raises")
+
+
+def _chunks(request: CaptureRequest, features: CapturedFeatures) -> Iterator[FramedChunk]:
+    tensors = {"context": features.context, "last": features.last}
+    views = {name: byte_view(tensor) for name, tensor in tensors.items()}
+    row_bytes = {name: tensor.shape[1] * tensor.element_size() for name, tensor in tensors.items()}
+    pieces = list(
+        cut(
+            context_rows=len(features.context),
+            context_row_bytes=row_bytes["context"],
+            last_rows=len(features.last),
+            last_row_bytes=row_bytes["last"],
+            chunk_bytes=request.chunk_bytes,
+        )
+    )
+    for number, piece in enumerate(pieces, start=1):
+        width = row_bytes[piece.tensor]
+        payload = views[piece.tensor][piece.row_start * width : piece.row_end * width]
+        header = wire.FeatureChunk(
+            sample_id=request.sample_id,
+            generation=request.generation,
+            tensor=TENSOR_TO_WIRE[piece.tensor],
+            row_start=piece.row_start,
+            row_end=piece.row_end,
+            row_width=tensors[piece.tensor].shape[1],
+            dtype=DTYPE_TO_WIRE[request.inputs.dtype],
+            crc32c=crc32c(payload),
+        )
+        if number == len(pieces):
+            header.totals.num_chunks = len(pieces)
+            header.totals.context_rows = len(features.context)
+            header.totals.last_rows = len(features.last)
+            header.totals.num_bytes = sum(view.nbytes for view in views.values())
+        yield FramedChunk(header, payload)
