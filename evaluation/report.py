@@ -1,0 +1,113 @@
+"""What one evaluation found, as a record and as a file. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from evaluation import metrics
+from services.contracts import Record
+
+REPORT_FILE = "report.json"
+
+
+class Divergence(Record):
+    """The first token at which speculative greedy output left the target's own."""
+
+    sample: int
+    position: int
+    """Counted from the first new token."""
+    target_token: int | None
+    """None if the target had already ended."""
+    our_token: int | None
+    """None if speculative decoding had already ended."""
+    top2_gap: float
+    """Between the target's two largest logits there."""
+    token_gap: float | None
+    """Between the target's logits of the two tokens; None if one side had ended."""
+    within_rounding: bool
+    """Whether the gap is so small that the target's dtype cannot tell the tokens apart; never true in float32."""
+
+
+class Report(Record):
+    """Figures of one drafter checkpoint on the held-out prompts (specs/evaluation.md, "Figures")."""
+
+    label: str
+    checkpoint: str
+    temperature: float
+    accepted_length: float
+    """τ, bonus token included."""
+    interval: tuple[float, float]
+    """95 % bootstrap interval of τ over samples."""
+    accept_rate: tuple[float, ...]
+    """accept_rate@k by slot."""
+    cond_accept_rate: tuple[float | None, ...]
+    """cond_accept_rate@k by slot; None where no round got that far."""
+    draft_tokens_per_proposal: float
+    verify_rate: float
+    num_samples: int
+    num_rounds: int
+    num_tokens: int
+    """New tokens of all samples."""
+    seconds: float
+    """Wall time of speculative decoding alone: no loading, no reference output."""
+    lossless: bool | None
+    """Whether greedy output equals the target's own (float32: token for token); None above temperature 0."""
+    first_divergence: Divergence | None
+
+
+def summarize(
+    accepted_lengths: metrics.Rounds,
+    proposal_lengths: metrics.Rounds,
+    accepted_draft_lengths: metrics.Rounds,
+    *,
+    label: str,
+    checkpoint: str,
+    temperature: float,
+    seed: int,
+    num_tokens: int,
+    seconds: float,
+    divergences: Sequence[Divergence] | None,
+) -> Report:
+    """Put the figures of one evaluation together.
+
+    Args:
+        divergences: The first divergence of each sample that has one; None if the output was not checked.
+
+    Raises:
+        ValueError: There was no round.
+    """
+    worst_first = sorted(divergences or (), key=lambda found: (found.within_rounding, found.sample))
+    return Report(
+        label=label,
+        checkpoint=checkpoint,
+        temperature=temperature,
+        accepted_length=metrics.accepted_length(accepted_lengths),
+        interval=metrics.bootstrap_interval(accepted_lengths, seed=seed),
+        accept_rate=tuple(metrics.accept_rate(accepted_draft_lengths, proposal_lengths)),
+        cond_accept_rate=tuple(metrics.cond_accept_rate(accepted_draft_lengths, proposal_lengths)),
+        draft_tokens_per_proposal=metrics.draft_tokens_per_proposal(proposal_lengths),
+        verify_rate=metrics.verify_rate(accepted_lengths, proposal_lengths),
+        num_samples=len(accepted_lengths),
+        num_rounds=sum(len(rounds) for rounds in accepted_lengths),
+        num_tokens=num_tokens,
+        seconds=seconds,
+        lossless=None if divergences is None else all(found.within_rounding for found in divergences),
+        first_divergence=worst_first[0] if worst_first else None,
+    )
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.json` into a folder, which is made if need be; readers never see half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / REPORT_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read_report(path: Path) -> Report:
+    """Read what `write_report` wrote."""
+    return Report.model_validate_json(path.read_text(encoding="utf-8"))

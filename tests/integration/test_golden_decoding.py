@@ -1,0 +1,182 @@
+"""Greedy decoding of a small trained target, round by round as the reference toolkit decoded it.
+
+`tests/golden/decode_dspark_qwen3` holds the target, the drafter and, for six prompts at two confidence thresholds,
+output ids and the lengths of every round.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from drafters import build_drafter, load_drafter, save_drafter
+from evaluation import EvaluationConfig, Evaluator, greedy_generate, speculative_generate
+from services.errors import CheckpointError
+
+CASE = Path(__file__).parents[1] / "golden" / "decode_dspark_qwen3"
+DECODE = json.loads((CASE / "decode.json").read_text())
+MAX_NEW_TOKENS = DECODE["max_new_tokens"]
+STOPS = DECODE["stop_token_ids"]
+BY_THRESHOLD = {
+    threshold: [result for result in DECODE["results"] if result["threshold"] == threshold] for threshold in (0.0, 0.3)
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The golden drafter as a native checkpoint folder."""
+    folder = tmp_path_factory.mktemp("drafter")
+    case = json.loads((CASE / "case.json").read_text())
+    (folder / "config.json").write_text(json.dumps(case["draft_config"]))
+    shutil.copy(CASE / "weights.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drafter(checkpoint):
+    return load_drafter(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return AutoModelForCausalLM.from_pretrained(CASE / "target", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_rounds_equal_the_reference(target, drafter, threshold):
+    results = BY_THRESHOLD[threshold]
+    assert len(results) == 6
+    output = speculative_generate(
+        target,
+        drafter,
+        [torch.tensor(result["prompt"]) for result in results],
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=DECODE["temperature"],
+        stop_token_ids=STOPS,
+        confidence_threshold=threshold,
+    )
+    assert output.output_ids == [result["output_ids"] for result in results]
+    assert output.proposal_lengths == [result["proposal_lengths"] for result in results]
+    assert output.accepted_draft_lengths == [result["accepted_draft_lengths"] for result in results]
+    assert output.accepted_lengths == [result["acceptance_lengths"] for result in results]
+
+
+def test_own_greedy_output_equals_the_reference(target):
+    for result in BY_THRESHOLD[0.0]:
+        own = greedy_generate(target, result["prompt"], max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=STOPS)
+        assert own == result["output_ids"]
+
+
+def test_sampled_output_is_distributed_as_the_targets(target, drafter):
+    """New tokens 2 and 3 at temperature 1.5, over 900 rows: drafts are the drafter's own samples here.
+
+    Chi-square over the pairs that are expected at least 8 times, all others in one cell.
+    """
+    prompt, num_rows, temperature = BY_THRESHOLD[0.0][0]["prompt"], 900, 1.5
+    output = speculative_generate(target, drafter, [prompt] * num_rows, max_new_tokens=3, temperature=temperature)
+    expected = num_rows * pair_probabilities(target, prompt, temperature)
+    counts = torch.zeros_like(expected)
+    for tokens in output.output_ids:
+        counts[tokens[len(prompt) + 1], tokens[len(prompt) + 2]] += 1
+    common = expected >= 8
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None]])
+    degrees = len(wanted) - 1
+    assert degrees >= 5
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    # mean `degrees`, variance 2 · `degrees`: five standard deviations
+    assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+    accepted = [length for rounds in output.accepted_draft_lengths for length in rounds]
+    assert 0 < sum(accepted) / len(accepted) < 5  # drafts were both kept and refused
+
+
+def pair_probabilities(target, prompt, temperature):
+    """Joint distribution of new tokens 2 and 3, [V, V], by summing over token 1."""
+    vocab_size = target.config.vocab_size
+    singles = torch.arange(vocab_size)[:, None]
+    pairs = torch.cartesian_prod(torch.arange(vocab_size), torch.arange(vocab_size))
+    with torch.inference_mode():
+
+        def next_distribution(continuations):
+            ids = torch.cat([torch.tensor([prompt]).expand(len(continuations), -1), continuations], dim=1)
+            return torch.softmax(target(ids, logits_to_keep=1).logits[:, -1].float() / temperature, dim=-1)
+
+        first = torch.softmax(target(torch.tensor([prompt])).logits[0, -1].float() / temperature, dim=-1)
+        second = next_distribution(singles)
+        third = next_distribution(pairs).view(vocab_size, vocab_size, vocab_size)
+    return torch.einsum("a,ab,abc->bc", first, second, third)
+
+
+def make_evaluator(**settings):
+    prompts = [result["prompt"] for result in BY_THRESHOLD[0.0]]
+    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, **settings)
+    return Evaluator(str(CASE / "target"), prompts, config, dtype="float32")
+
+
+def test_evaluator_reports_the_reference_figures(checkpoint):
+    results = BY_THRESHOLD[0.0]
+    committed = [length for result in results for length in result["acceptance_lengths"]]
+    kept = [length for result in results for length in result["accepted_draft_lengths"]]
+    report = make_evaluator().evaluate(str(checkpoint), "golden")
+    assert report.label == "golden"
+    assert report.checkpoint == str(checkpoint)
+    assert report.accepted_length == sum(committed) / len(committed)
+    assert report.interval[0] < report.accepted_length < report.interval[1]
+    assert report.accept_rate == tuple(sum(length > k for length in kept) / len(kept) for k in range(5))
+    assert report.num_samples == 6
+    assert report.num_rounds == len(committed)
+    assert report.num_tokens == sum(len(result["output_ids"]) - len(result["prompt"]) for result in results)
+    assert report.lossless is True
+    assert report.first_divergence is None
+    assert report.seconds > 0
+
+
+def test_evaluator_decodes_the_first_samples_only(checkpoint):
+    report = make_evaluator(max_samples=2).evaluate(str(checkpoint), "two")
+    assert report.num_samples == 2
+    assert report.num_rounds == sum(len(result["acceptance_lengths"]) for result in BY_THRESHOLD[0.0][:2])
+
+
+def test_evaluator_claims_nothing_about_sampled_output(checkpoint):
+    report = make_evaluator(temperature=1.0, max_samples=2).evaluate(str(checkpoint), "sampled")
+    assert report.lossless is None
+    again = make_evaluator(temperature=1.0, max_samples=2).evaluate(str(checkpoint), "sampled")
+    assert report.model_copy(update={"seconds": 0.0}) == again.model_copy(update={"seconds": 0.0})
+
+
+def test_evaluator_finds_where_output_leaves_the_targets(checkpoint):
+    evaluator = make_evaluator(max_samples=2)
+    own = list(evaluator._reference(1))
+    evaluator._references[1] = [*own[:10], own[10] + 1, *own[11:]]
+    report = evaluator.evaluate(str(checkpoint), "tampered")
+    assert report.lossless is False
+    divergence = report.first_divergence
+    assert (divergence.sample, divergence.position) == (1, 10 - len(BY_THRESHOLD[0.0][1]["prompt"]))
+    assert (divergence.target_token, divergence.our_token) == (own[10] + 1, own[10])
+    assert divergence.top2_gap > 0
+    assert divergence.token_gap < 0  # the target prefers what was decoded: the reference was tampered with
+    assert not divergence.within_rounding
+
+
+@pytest.mark.parametrize(
+    ("changes", "layer_ids", "message"),
+    [
+        ({"vocab_size": 50}, (0, 1), "vocab_size 50, the target has 61"),
+        ({"hidden_size": 16}, (0, 1), "hidden_size 16, the target has 32"),
+        ({"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}, (0, 9), "the target has 6 layers"),
+    ],
+)
+def test_evaluator_refuses_drafter_of_another_target(target, tmp_path, changes, layer_ids, message):
+    config = Qwen3Config.from_dict({**target.config.to_dict(), **changes})
+    settings = {"num_draft_layers": 1, "block_size": 3, "markov_rank": 4, "mask_token_id": 40}
+    save_drafter(build_drafter(config, algorithm="dspark", target_layer_ids=layer_ids, **settings), tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        make_evaluator().evaluate(str(tmp_path), "stranger")
+
+
+def test_evaluator_refuses_folder_without_drafter(tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        make_evaluator().evaluate(str(tmp_path), "nothing")
