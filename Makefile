@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 # Stubs are generated under a virtual path: a top-level package `proto` would collide with proto-plus.
 PROTOS = $(patsubst proto/%,services/wire/%,$(wildcard proto/*.proto))
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Iservices/wire=proto

@@ -1,0 +1,1 @@
+"""The running parts, target, replay and prompts, and what they share."""

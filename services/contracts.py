@@ -115,6 +115,7 @@ class CaptureJob(Record):
 
     @property
     def num_tokens(self) -> int:
+        """T: tokens of the sequence."""
         return len(self.input_ids)
 
 
@@ -165,6 +166,7 @@ class StepLease(Record):
 
     @property
     def is_end(self) -> bool:
+        """Whether there is nothing more to train."""
         return self.num_micro_batches == 0
 
 

@@ -38,7 +38,7 @@ def find_model(name: str, *, weights: bool) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download  # only a hub name pays for this import
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["config.json", *TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
     try:
