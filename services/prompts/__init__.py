@@ -1,0 +1,1 @@
+"""Prompts and what becomes of them: sources, chat templates and loss masks, plan, step leases, ledger."""

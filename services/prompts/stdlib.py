@@ -40,10 +40,12 @@ class LibraryFunction(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Module and qualified name."""
         return f"{self.module}.{self.qualified_name}"
 
     @property
     def split(self) -> Split:
+        """The part that the function's whole module belongs to."""
         digest = hashlib.sha256(self.module.encode()).digest()
         return "heldout" if digest[0] % HELDOUT_ONE_IN == 0 else "train"
 

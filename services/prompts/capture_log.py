@@ -1,0 +1,139 @@
+"""The append-only log of committed captures: the one record of a run's target compute that outlives crashes."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from pydantic import ValidationError
+
+from services.errors import CheckpointError
+from services.prompts.ledger import FIRST, CaptureLine
+
+
+class CaptureLog:
+    """Appends a line for each committed capture, and counts them over the run's whole life.
+
+    Attributes:
+        num_captured: Captures in the log.
+        num_recaptured: Those made again.
+        num_tokens: Tokens of all captures.
+        num_distinct_tokens: Tokens of the distinct prompts captured.
+    """
+
+    def __init__(self, path: Path, *, num_captures: int, num_prompts: int) -> None:
+        """Open a log, or begin one; half a line that a crash left at its end is cut off.
+
+        Raises:
+            CheckpointError: A line is malformed, or of a capture that the plan does not have.
+        """
+        self.num_captured = 0
+        self.num_recaptured = 0
+        self.num_tokens = 0
+        self.num_distinct_tokens = 0
+        self._path = path
+        self._next_attempt = array("L", bytes(array("L").itemsize * num_captures))
+        self._seen_prompts = bytearray(num_prompts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            self._cut_torn_line()
+            for number, text in enumerate(self.lines(), start=1):
+                self._count(self._parse(text, number))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next_attempt(self, capture: int) -> int:
+        """An attempt number above all those in the log; 0 for a capture that it does not have."""
+        return self._next_attempt[capture]
+
+    def has(self, capture: int, attempt: int) -> bool:
+        """Whether this attempt, or a later one, is in the log."""
+        return attempt < self._next_attempt[capture]
+
+    def append(self, capture: int, prompt: int, attempt: int, num_tokens: int, num_bytes: int, why_again: str) -> None:
+        """Log a committed capture.
+
+        Args:
+            capture: Its number.
+            prompt: The prompt's number.
+            attempt: Which try it was.
+            num_tokens: Tokens captured.
+            num_bytes: Bytes of features.
+            why_again: The reason to log, unless the capture is made for the first time.
+        """
+        line = CaptureLine(
+            capture=capture,
+            prompt=prompt,
+            attempt=attempt,
+            reason=why_again if self._next_attempt[capture] else FIRST,
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+        )
+        self._file.write(line.model_dump_json().encode() + b"\n")
+        self._count(line)
+
+    def flush(self) -> None:
+        """Hand the lines to the operating system: they survive the death of this process."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put the lines on the disk: they survive the death of the machine."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the file."""
+        if not self._file.closed:
+            self._file.flush()
+        with self._path.open(encoding="utf-8") as file:
+            for line in file:
+                yield line.rstrip("\n")
+
+    def close(self) -> None:
+        """Sync and close the file."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def _cut_torn_line(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        keep = end
+        while keep:
+            self._file.seek(keep - 1)
+            if self._file.read(1) == b"\n":
+                break
+            keep -= 1
+        if keep < end:
+            self._file.truncate(keep)
+
+    def _parse(self, text: str, number: int) -> CaptureLine:
+        try:
+            line = CaptureLine.model_validate_json(text)
+        except ValidationError as error:
+            raise CheckpointError(f"{self._path}:{number}: not a line of a capture log: {text[:80]!r}") from error
+        if line.capture >= len(self._next_attempt) or line.prompt >= len(self._seen_prompts):
+            raise CheckpointError(
+                f"{self._path}:{number}: capture {line.capture} of prompt {line.prompt} is outside the plan of "
+                f"{len(self._next_attempt)} captures: the log belongs to another run"
+            )
+        return line
+
+    def _count(self, line: CaptureLine) -> None:
+        self.num_captured += 1
+        self.num_recaptured += line.reason != FIRST
+        self.num_tokens += line.num_tokens
+        if not self._seen_prompts[line.prompt]:
+            self._seen_prompts[line.prompt] = 1
+            self.num_distinct_tokens += line.num_tokens
+        self._next_attempt[line.capture] = max(self._next_attempt[line.capture], line.attempt + 1)

@@ -1,0 +1,318 @@
+"""The prompt source of a run: feeds the work queue, grants steps, keeps the ledger. Runs as a threaded Ray actor.
+
+One feeder thread drains the table's outcomes, encodes conversations and pushes captures; the calls of ranks and driver
+come in on other threads. All state is in `Schedule`, `Ledger` and `CaptureLog`, behind one condition.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from services.contracts import Outcome, StepLease, StepReport
+from services.errors import CheckpointError, DeadlineError, PromptError
+from services.models import find_model
+from services.prompts.capture_log import CaptureLog
+from services.prompts.chat import ChatEncoder, UnusablePromptError
+from services.prompts.config import PromptsConfig
+from services.prompts.intake import Intake, first_turns
+from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit
+from services.prompts.plan import Plan
+from services.prompts.records import CoordinatorSettings, Progress
+from services.prompts.scheduling import ALREADY_RESIDENT, Schedule
+from services.prompts.sources import STDLIB, Conversations, load_conversations
+from services.replay.connect import connect
+from services.replay.table import RedisTable
+from services.replay.work import WorkQueue
+
+__all__ = ["Coordinator", "CoordinatorSettings", "LedgerSummary", "Progress"]
+
+FEED_PERIOD_S = 0.02
+"""How often an idle feeder looks for outcomes."""
+
+ENCODE_AT_ONCE = 16
+"""Conversations encoded between two looks at outcomes and queue."""
+
+LEASE_WAIT_S = 1.0
+"""Longest wait of one `step_lease`; the caller asks again."""
+
+FEEDER_DEADLINE_S = 30.0
+"""Longest wait for the feeder to end: one answer of Redis and one round of encoding."""
+
+NAMED_LINES = 5
+"""Rejected lines that `progress` quotes."""
+
+
+class Coordinator:
+    """Owns the plan of uses, the ledger and the step leases of one run."""
+
+    def __init__(
+        self, prompts: PromptsConfig, model: str, redis_url: str, prefix: str, settings: CoordinatorSettings
+    ) -> None:
+        """Load the prompts, read the ledger to resume from, and begin to feed the work queue.
+
+        Args:
+            prompts: Which conversations.
+            model: Folder or hub name of the target, for its tokenizer and chat template.
+            redis_url: The Redis with table and work queue.
+            prefix: Of this run's keys in it.
+            settings: How the prompts are used.
+
+        Raises:
+            PromptError: The prompts or the tokenizer cannot be read.
+            CheckpointError: The ledger or the capture log is broken, or of another plan.
+            ReplayUnavailableError: Redis does not answer.
+        """
+        if prompts.heldout not in (None, STDLIB) and prompts.heldout == prompts.source:
+            raise PromptError(
+                f"prompts.heldout and prompts.source are the same file {prompts.source!r}: a drafter must be measured "
+                "on prompts it was not trained on. Split the file."
+            )
+        self._prompts = prompts
+        self._settings = settings
+        conversations = load_conversations(prompts.source, split="train", strict=prompts.strict)
+        self._rejected = conversations.rejected
+        self._encoder = ChatEncoder(
+            find_model(model, weights=False),
+            system_prompt=prompts.system_prompt,
+            enable_thinking=prompts.enable_thinking,
+        )
+        self._intake = Intake(conversations, self._encoder, prompts, settings.last_rows)
+        self._plan = Plan(len(conversations.items), prompts.epochs, settings.reuse, prompts.seed)
+        self._ledger = _open_ledger(self._plan, conversations, settings.ledger)
+        self._schedule = Schedule(self._ledger, settings)
+        client = connect(redis_url)
+        self._table = RedisTable(client, prefix)
+        self._queue = WorkQueue(client, prefix)
+        self._log = CaptureLog(
+            Path(settings.capture_log), num_captures=self._plan.num_captures, num_prompts=self._plan.num_prompts
+        )
+        self._heldout: Conversations | None = None
+        self._summary: LedgerSummary | None = None
+        self._error: Exception | None = None
+        self._sealed = False
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
+        self._feeder.start()
+
+    def step_lease(self, step: int, generation: int) -> StepLease:
+        """Grant an optimizer step, counted from 1; the same step again gives the same lease.
+
+        Raises:
+            DeadlineError: Too few conversations are encoded after `LEASE_WAIT_S`: ask again.
+            StaleGenerationError: Another trainer group is the current one.
+            ReplayError: The step is not the next one.
+            PromptError: Not one conversation can be trained on.
+        """
+        deadline_s = time.monotonic() + LEASE_WAIT_S
+        with self._changed:
+            while True:
+                self._raise_error()
+                lease = self._schedule.grant(step, generation)
+                if lease is not None:
+                    self._changed.notify_all()
+                    return lease
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise DeadlineError(
+                        f"step {step}: fewer than {self._settings.uses_per_step} uses are encoded after "
+                        f"{LEASE_WAIT_S:g} s; ask again"
+                    )
+                self._changed.wait(left_s)
+
+    def step_done(self, report: StepReport) -> None:
+        """Take a rank's report of a finished step; the same report again changes nothing.
+
+        Raises:
+            StaleGenerationError: The report comes from another trainer group.
+            ReplayError: It contradicts what was granted or reported.
+        """
+        with self._changed:
+            self._schedule.report(report)
+            self._changed.notify_all()
+
+    def ledger_at(self, step: int, timeout_s: float) -> str:
+        """The ledger as a checkpoint after `step` keeps it, JSON lines; the capture log is on disk when it returns.
+
+        Raises:
+            DeadlineError: Some rank has not reported the step in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._error or self._ledger.last_step >= step, timeout_s):
+                raise DeadlineError(
+                    f"the ledger of step {step} is not complete after {timeout_s:g} s: every rank has reported step "
+                    f"{self._ledger.last_step}, not all of them the next"
+                )
+            self._raise_error()
+            self._drain()
+            self._log.sync()
+            return self._ledger.text(step)
+
+    def progress(self) -> Progress:
+        """How far the run is.
+
+        Raises:
+            Exception: Whatever ended the feeder.
+        """
+        with self._changed:
+            self._raise_error()
+            return Progress(
+                planned=self._plan.num_uses,
+                trained=self._ledger.num_trained,
+                skipped=dict(self._ledger.skipped),
+                skip_examples=dict(self._ledger.skip_examples),
+                rejected=len(self._rejected),
+                rejected_lines=tuple(self._rejected[:NAMED_LINES]),
+                captured=self._log.num_captured,
+                recaptured=self._log.num_recaptured,
+                tokens_captured=self._log.num_tokens,
+                tokens_trained=self._ledger.num_tokens_trained,
+                distinct_tokens=self._log.num_distinct_tokens,
+                steps_done=self._ledger.last_step,
+                steps_granted=self._schedule.steps_granted,
+                ended=self._schedule.ended,
+                last_failure=self._schedule.last_failure,
+            )
+
+    def stop_granting(self) -> None:
+        """Let the ranks finish what is granted; the next step is `END`."""
+        with self._changed:
+            self._schedule.stop()
+            self._changed.notify_all()
+
+    def heldout_prompts(self, count: int) -> list[list[int]]:
+        """Token ids of held-out prompts in a seeded order, each with the generation prompt; none without a source.
+
+        Raises:
+            PromptError: The held-out source cannot be read or has no usable prompt.
+        """
+        if self._prompts.heldout is None or count == 0:
+            return []
+        if self._heldout is None:
+            self._heldout = load_conversations(self._prompts.heldout, split="heldout", strict=self._prompts.strict)
+        return first_turns(
+            self._heldout,
+            self._encoder,
+            count=count,
+            seed=self._prompts.seed,
+            max_length=self._prompts.max_length,
+        )
+
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer of the target."""
+        return self._encoder.stop_token_ids
+
+    def finish(self) -> LedgerSummary:
+        """End the feeder and audit the run from its logs; a second call gives the same answer.
+
+        Raises:
+            DeadlineError: The feeder does not end.
+        """
+        self._closing.set()
+        self._feeder.join(FEEDER_DEADLINE_S)
+        if self._feeder.is_alive():
+            raise DeadlineError(f"the coordinator's feeder has not ended after {FEEDER_DEADLINE_S:g} s")
+        with self._changed:
+            if self._summary is None:
+                if self._error is None:
+                    self._drain()
+                self._log.close()
+                ledger = self._ledger.text(self._ledger.last_step)
+                self._summary = audit(ledger.splitlines(), self._log.lines())
+            return self._summary
+
+    def _feed(self) -> None:
+        try:
+            while not self._closing.is_set():
+                if not self._turn():
+                    self._closing.wait(FEED_PERIOD_S)
+        except Exception as error:  # whoever calls next gets it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _turn(self) -> bool:
+        """One look at outcomes, queue and prompts; returns whether there was anything to do."""
+        with self._changed:
+            num_drained = self._drain()
+            jobs = self._schedule.take_pushable(self._settings.lookahead_captures - self._queue.size())
+        for job in jobs:
+            self._queue.push(job)
+        num_encoded = 0
+        while num_encoded < ENCODE_AT_ONCE and self._encode_next():
+            num_encoded += 1
+        with self._changed:
+            if self._schedule.is_complete and not self._sealed:
+                self._table.seal()
+                self._sealed = True
+        return bool(num_drained or jobs or num_encoded)
+
+    def _encode_next(self) -> bool:
+        with self._changed:
+            capture = self._schedule.next_to_encode()
+            if capture is None:
+                self._changed.notify_all()  # the plan may just have run out
+                return False
+            attempt = self._schedule.attempt(capture, at_least=self._log.next_attempt(capture))
+            ks = self._schedule.remaining_ks(capture)
+        prompt, epoch = self._plan.capture(capture)
+        reuse = self._plan.reuse
+        try:
+            job = self._intake.job(
+                capture=capture,
+                attempt=attempt,
+                prompt=prompt,
+                epoch=epoch,
+                reuse=reuse,
+                ks=None if len(ks) == reuse else ks,
+            )
+        except UnusablePromptError as error:
+            with self._changed:
+                self._schedule.skip(capture, error.reason, error.detail)
+                self._changed.notify_all()
+            return True
+        with self._changed:
+            self._schedule.add(job)
+            self._changed.notify_all()
+        return True
+
+    def _drain(self) -> int:
+        outcomes = self._table.drain_outcomes()
+        for outcome in outcomes:
+            committed = self._schedule.on_outcome(outcome)
+            if committed is not None:
+                self._append(committed.outcome, committed.why_again)
+        if outcomes:
+            self._log.flush()
+        return len(outcomes)
+
+    def _append(self, outcome: Outcome, why_again: str) -> None:
+        was_made_before = self._log.next_attempt(outcome.capture) > 0
+        is_known = self._log.has(outcome.capture, outcome.attempt)
+        if is_known or (outcome.reason == ALREADY_RESIDENT and was_made_before):
+            return
+        prompt, _ = self._plan.capture(outcome.capture)
+        self._log.append(outcome.capture, prompt, outcome.attempt, outcome.num_tokens, outcome.num_bytes, why_again)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _open_ledger(plan: Plan, conversations: Conversations, path: str | None) -> Ledger:
+    header = PlanHeader(
+        num_prompts=plan.num_prompts,
+        epochs=plan.epochs,
+        reuse=plan.reuse,
+        seed=plan.seed,
+        digest=conversations.digest,
+    )
+    if path is None:
+        return Ledger(header)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the ledger {path}: {error}") from error
+    return Ledger.resume(text, header, origin=path)
