@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
@@ -21,6 +23,9 @@ TIMEOUT_S = 10.0
 
 HEADROOM = 0.15
 """Part of `maxmemory` that must stay free of features: metadata, buffers of connections, allocator waste."""
+
+CLAIM_TTL_S = 30.0
+RENEWALS_A_TTL = 3
 
 PACK_INLINE_BYTES = 6000
 """Longer arguments are sent as they lie in memory. It is redis-py's own bound."""
@@ -60,7 +65,7 @@ class Client(redis.Redis):
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _translated(url: str) -> Iterator[None]:
     try:
         yield
@@ -152,26 +157,60 @@ def check_server(client: redis.Redis, capacity_bytes: int, prefix: str = "") -> 
         )
 
 
-def claim(client: redis.Redis, prefix: str, owner: str, ttl_s: float) -> None:
-    """Claim a prefix, or renew one's own claim; call again well before `ttl_s` has passed.
+class Claim:
+    """A held prefix, renewed in the background; a context manager that ends the claim."""
+
+    def __init__(self, client: redis.Redis, prefix: str, owner: str, ttl_s: float) -> None:
+        """Use `claim`."""
+        self._scripts = Scripts(client, prefix)
+        self._prefix = prefix
+        self._owner = owner
+        self._ttl_s = ttl_s
+        self._closed = threading.Event()
+        self._renew()
+        self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the claim. Again: nothing happens."""
+        self._closed.set()
+        self._thread.join()
+        with contextlib.suppress(ReplayUnavailableError):  # Redis is gone, and the claim with it
+            self._scripts.run("unclaim", self._owner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _keep(self) -> None:
+        while not self._closed.wait(self._ttl_s / RENEWALS_A_TTL):
+            with contextlib.suppress(ReplayUnavailableError):  # the next renewal may reach it
+                self._renew()
+
+    def _renew(self) -> None:
+        status, rest = self._scripts.run("claim", self._owner, int(self._ttl_s * 1000))
+        if status == "OWNED":
+            raise ReplayError(
+                f"the prefix {self._prefix!r} in Redis belongs to {rest[0].decode()}, which is alive or died less than "
+                f"{self._ttl_s:g} s ago. Wait for it, stop it, or give this run another name."
+            )
+
+
+def claim(client: redis.Redis, prefix: str, owner: str, ttl_s: float = CLAIM_TTL_S) -> Claim:
+    """Claim a prefix for as long as this process lives.
 
     Args:
         client: The Redis of the run.
         prefix: What to claim.
-        owner: Names the run and its process, for the error that another one gets.
-        ttl_s: After this time without renewal the claim ends.
+        owner: Names the run, for the error that another one gets. The same owner may claim again at once, so that a
+            killed run can be resumed.
+        ttl_s: A claim ends by itself this long after its last renewal.
 
     Raises:
         ReplayError: Another owner's claim is alive.
     """
-    status, rest = Scripts(client, prefix).run("claim", owner, int(ttl_s * 1000))
-    if status == "OWNED":
-        raise ReplayError(
-            f"the prefix {prefix!r} in Redis belongs to {rest[0].decode()}, which is alive or died less than "
-            f"{ttl_s:g} s ago. Wait for it, stop it, or give this run another name."
-        )
-
-
-def release_claim(client: redis.Redis, prefix: str, owner: str) -> None:
-    """End one's own claim at once; another owner's is left alone."""
-    Scripts(client, prefix).run("unclaim", owner)
+    return Claim(client, prefix, owner, ttl_s)

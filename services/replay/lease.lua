@@ -10,6 +10,8 @@ if refusal then
 end
 
 local reply = { 'OK' }
+-- An ack that outlives its table must not meet a lease of the table made anew.
+local incarnation = redis.call('HGET', key('table'), 'incarnation')
 
 local function take(capture)
   local k = redis.call('ZPOPMIN', uses_key(capture))[1]
@@ -18,7 +20,7 @@ local function take(capture)
   else
     redis.call('ZADD', key('ready'), redis.call('HINCRBY', key('table'), 'order', 1), capture)
   end
-  local lease_id = generation .. '.' .. redis.call('HINCRBY', key('table'), 'lease', 1)
+  local lease_id = incarnation .. '.' .. redis.call('HINCRBY', key('table'), 'lease', 1)
   redis.call('HSET', key('leases'), lease_id, capture .. ' ' .. k .. ' ' .. generation .. ' ' .. rank)
   redis.call('ZADD', key('deadlines'), deadline, lease_id)
   redis.call('HINCRBY', key('table'), 'samples', 1)

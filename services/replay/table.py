@@ -110,7 +110,7 @@ class RedisTable:
             ReplayError: The table is there and holds more bytes than the new capacity.
         """
         status, rest = self._scripts.run(
-            "create", signature.model_dump_json(), capacity_bytes, max_times_sampled, secrets.token_hex(8)
+            "create", signature.model_dump_json(), capacity_bytes, max_times_sampled, secrets.token_hex(4)
         )
         if status == "SIGNATURE":
             raise SignatureError(
@@ -127,6 +127,11 @@ class RedisTable:
         """Identifies this making of the table: another one means that all it held is lost. None: there is no table."""
         text: Any = self._client.hget(table_key(self._prefix), "incarnation")
         return None if text is None else text.decode()
+
+    def generation(self) -> int | None:
+        """The trainer group that may lease; None: there is no table."""
+        text: Any = self._client.hget(table_key(self._prefix), "generation")
+        return None if text is None else int(text)
 
     def signature(self) -> TableSignature | None:
         """The signature that the table was created with; None: no table."""
@@ -386,8 +391,8 @@ class RedisTable:
                 return outcomes
 
     def destroy(self) -> None:
-        """Remove every key under the prefix, work queue, targets, telemetry and claim included."""
-        destroy(self._client, self._prefix)
+        """Remove every key under the prefix, work queue, targets and telemetry included, but not the claim on it."""
+        destroy(self._client, self._prefix, keep_claim=True)
 
     @staticmethod
     def _stale(job: CaptureJob, rest: Reply) -> UnknownSampleError:

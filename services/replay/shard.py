@@ -1,0 +1,355 @@
+"""The replay shard: takes jobs in plan order, reserves their bytes, pulls their features from any live target.
+
+One dispatcher takes jobs from the work queue and admits them one after another; it waits at the head of the line while
+the buffer is full, so later captures can never take the space that the next one needs. Threads then pull the admitted
+captures. A capture whose target fails keeps its reservation and its thread and goes to another target with the next
+attempt, so it never waits behind a full buffer that only it could empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from services.checksum import verify
+from services.contracts import CaptureJob, Chunk, Outcome, Record, Sample, TableSignature
+from services.errors import (
+    CaptureRequestError,
+    FeatureError,
+    ReplayUnavailableError,
+    SampleTooLargeError,
+    SignatureError,
+    TableLostError,
+    TargetError,
+    TargetUnavailableError,
+    UnknownSampleError,
+    WireError,
+)
+from services.replay.config import ReplayConfig
+from services.replay.connect import connect
+from services.replay.registry import TargetRegistry
+from services.replay.table import Admission, RedisTable
+from services.replay.targets import CaptureClient, Targets
+from services.replay.work import WorkQueue
+from services.telemetry import TelemetryWriter
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_S = 0.01
+FULL_POLL_S = 0.01
+TARGET_POLL_S = 0.05
+HOUSEKEEPING_S = 1.0
+
+TARGET_MAX_AGE_S = 10.0
+"""A target that the driver's watcher has not seen for so long is not asked."""
+
+MOST_TRIES = 8
+"""Tries of one capture at targets that answered to their address. A capture that fails so often is what breaks them."""
+
+RECONNECT_S = 30.0
+"""How long Redis may be away; the supervisor restarts an embedded one within a second."""
+
+STORED_VALUE_OVERHEAD_BYTES = 64
+"""Redis' header of a value. A payload of a whole power of two would spill into the allocator's next size class."""
+
+
+class ShardStats(Record):
+    """A shard's counters since it began."""
+
+    num_captured: int = 0
+    num_failed: int = 0
+    num_retries: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_in_flight: int = 0
+    full_wait_s: float = 0.0
+    """Time that the head of the line has waited for space."""
+
+
+class ReplayShard:
+    """Fills one table. `run` blocks until `stop`; `stats` and `stop` may be called from other threads."""
+
+    def __init__(
+        self,
+        redis_url: str,
+        prefix: str,
+        config: ReplayConfig,
+        signature: TableSignature,
+        *,
+        connect_target: Callable[[str], CaptureClient] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Connect to Redis.
+
+        Args:
+            redis_url: Where table, work queue and target registry are.
+            prefix: Of their keys.
+            config: Capacity, chunk size, number of pulls, reuse, lease time.
+            signature: What the table holds.
+            connect_target: Makes a target's client; gRPC by default.
+            clock: Seconds, shared with whoever leases from the table.
+
+        Raises:
+            ReplayUnavailableError: Redis does not answer.
+        """
+        client = connect(redis_url)
+        self._config = config
+        self._signature = signature
+        self._clock = clock
+        self._table = RedisTable(client, prefix)
+        self._work = WorkQueue(client, prefix)
+        self._registry = TargetRegistry(client, prefix)
+        self._telemetry = TelemetryWriter(client, prefix)
+        self._targets = Targets(signature, connect_target or _connect_grpc)
+        self._stop = threading.Event()
+        self._slots = threading.Semaphore(config.pulls)
+        self._lock = threading.Lock()
+        self._in_flight: dict[int, CaptureJob] = {}
+        self._stats = ShardStats()
+        self._defect: BaseException | None = None
+        self._generation = 0
+        self._next_housekeeping_s = 0.0
+
+    def run(self) -> None:
+        """Fill the table until `stop`.
+
+        Jobs that an earlier shard under this prefix had taken go back to the front of the queue first.
+
+        Raises:
+            SignatureError: The table holds something else.
+            ReplayUnavailableError: Redis stayed away for 30 s.
+        """
+        self._attach()
+        pool = ThreadPoolExecutor(self._config.pulls, thread_name_prefix="pull")
+        try:
+            while not self._stop.is_set():
+                if self._defect is not None:
+                    raise self._defect
+                try:
+                    self._dispatch_one(pool)
+                except (ReplayUnavailableError, TableLostError) as error:
+                    self._event("redis", f"the replay buffer is away: {error}")
+                    self._reattach()
+        finally:
+            self._stop.set()
+            self._targets.close()
+            pool.shutdown(wait=True)
+            self._telemetry.close()
+        if self._defect is not None:
+            raise self._defect
+
+    def stop(self) -> None:
+        """End `run` soon; captures in flight are cut off and stay in the work queue as taken."""
+        self._stop.set()
+        self._targets.close()
+
+    def stats(self) -> ShardStats:
+        """The counters so far."""
+        with self._lock:
+            return self._stats.model_copy(update={"num_in_flight": len(self._in_flight)})
+
+    def _attach(self) -> None:
+        self._table.create(self._config.capacity, self._signature, self._config.reuse)
+        # A Redis that restarted empty has forgotten which trainer group is the current one.
+        self._generation = max(self._generation, self._table.generation() or 0)
+        self._table.set_generation(self._generation)
+        self._work.expire(math.inf)
+
+    def _reattach(self) -> None:
+        deadline = time.monotonic() + RECONNECT_S
+        while not self._stop.wait(TARGET_POLL_S):
+            try:
+                self._attach()
+                return
+            except ReplayUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+
+    def _dispatch_one(self, pool: ThreadPoolExecutor) -> None:
+        self._keep_house()
+        if not self._slots.acquire(timeout=IDLE_POLL_S):
+            return
+        handed_over = False
+        try:
+            job = self._work.take(self._clock(), self._config.lease_s)
+            if job is None:
+                self._stop.wait(IDLE_POLL_S)
+                return
+            if not self._admit(job):
+                return
+            with self._lock:
+                self._in_flight[job.capture] = job
+            pool.submit(self._pull, job).add_done_callback(self._pulled(job))
+            handed_over = True
+        finally:
+            if not handed_over:
+                self._slots.release()
+
+    def _admit(self, job: CaptureJob) -> bool:
+        """Reserve the job's bytes, waiting while the buffer is full; False if there is nothing to pull."""
+        num_bytes = self._num_bytes(job)
+        began = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                admission = self._table.admit(job, num_bytes, self._clock())
+            except SampleTooLargeError as error:
+                self._fail(job, str(error))
+                return False
+            if admission is not Admission.FULL:
+                self._count(full_wait_s=time.monotonic() - began)
+                if admission is Admission.KNOWN:
+                    self._work.done(job)
+                return admission is Admission.ADMITTED
+            if self._defect is not None:
+                return False
+            self._keep_house(job)
+            self._stop.wait(FULL_POLL_S)
+        return False
+
+    def _keep_house(self, head: CaptureJob | None = None) -> None:
+        """Once a second: renew what this shard holds, return what others let lapse."""
+        now_s = self._clock()
+        if now_s < self._next_housekeeping_s:
+            return
+        self._next_housekeeping_s = now_s + HOUSEKEEPING_S
+        self._generation = max(self._generation, self._table.generation() or 0)
+        with self._lock:
+            held = list(self._in_flight.values())
+        for job in [*held, *([head] if head else [])]:
+            self._work.renew(job, now_s, self._config.lease_s)
+        self._work.expire(now_s)
+        for capture in self._table.expire(now_s):
+            self._event("lease", f"the lease of capture {capture} ended unused; its sample is ready again")
+
+    def _pulled(self, job: CaptureJob) -> Callable[[Future[None]], None]:
+        def end(future: Future[None]) -> None:
+            with self._lock:
+                self._in_flight.pop(job.capture, None)
+            self._slots.release()
+            error = future.exception()
+            if isinstance(error, ReplayUnavailableError | TableLostError):
+                return  # the dispatcher meets it too; the job is still taken, or gone with the table
+            if error is not None:
+                self._defect = error
+
+        return end
+
+    def _pull(self, job: CaptureJob) -> None:
+        for tries in range(1, MOST_TRIES + 1):
+            try:
+                address = self._wait_for_target()
+            except SignatureError as error:
+                self._fail(job, str(error))
+                return
+            if address is None:
+                if not self._stop.is_set():
+                    self._fail(job, f"no target answered for {self._config.lease_s:g} s", retry=True)
+                return
+            try:
+                self._table.commit(self._capture(address, job), self._clock())
+            except UnknownSampleError:
+                return  # a newer attempt has this capture
+            except (CaptureRequestError, FeatureError) as error:
+                self._fail(job, str(error))
+                return
+            except SignatureError as error:  # of this target only: it is never chosen again
+                self._event("target", str(error))
+                reason = str(error)
+            except (TargetError, WireError) as error:
+                if self._stop.is_set():
+                    return
+                if isinstance(error, TargetUnavailableError):
+                    self._targets.failed(address, self._clock())
+                self._event("target", f"capture {job.capture} goes to another try: {error}")
+                reason = str(error)
+            else:
+                self._targets.succeeded(address)
+                self._count(num_captured=1, num_tokens=job.num_tokens, num_bytes=self._num_bytes(job))
+                return
+            finally:
+                self._targets.leave(address)
+            if tries == MOST_TRIES:
+                self._fail(job, f"{MOST_TRIES} tries failed, the last one with: {reason}")
+                return
+            job = job.model_copy(update={"attempt": job.attempt + 1})
+            if not self._retry(job):
+                return
+
+    def _retry(self, job: CaptureJob) -> bool:
+        """Take over the space of the attempt before; False if the capture is somebody else's now."""
+        with self._lock:
+            self._in_flight[job.capture] = job
+        # The queue hears of the attempt first: whoever takes the job after this shard died counts on from there.
+        if not self._work.renew(job, self._clock(), self._config.lease_s):
+            return False
+        self._count(num_retries=1)
+        return self._table.admit(job, self._num_bytes(job), self._clock()) is Admission.ADMITTED
+
+    def _wait_for_target(self) -> str | None:
+        """A place at a live target; None after `lease_s`, or when stopped."""
+        deadline = time.monotonic() + self._config.lease_s
+        while not self._stop.is_set() and time.monotonic() < deadline:
+            now_s = self._clock()
+            address = self._targets.choose(self._registry.live(now_s, TARGET_MAX_AGE_S), now_s)
+            if address is not None:
+                return address
+            self._stop.wait(TARGET_POLL_S)
+        return None
+
+    def _capture(self, address: str, job: CaptureJob) -> Sample:
+        """Pull one capture and store its chunks; each is checked before it is stored."""
+        chunks: list[Chunk] = []
+        stream = self._targets.client(address).capture(
+            job,
+            layer_ids=self._signature.layer_ids,
+            wire_dtype=self._signature.dtype,
+            chunk_bytes=self._chunk_bytes(),
+            timeout_s=self._config.lease_s,
+        )
+        for chunk, payload in stream:
+            if self._stop.is_set():
+                raise TargetUnavailableError("the shard is stopping")
+            verify(chunk, payload)
+            self._table.put_chunk(job, len(chunks), payload)
+            chunks.append(chunk)
+        return Sample(job=job, chunks=tuple(chunks), num_bytes=self._num_bytes(job), target=address)
+
+    def _chunk_bytes(self) -> int:
+        rounded = self._config.chunk - STORED_VALUE_OVERHEAD_BYTES
+        return rounded if rounded >= self._signature.context_row_bytes else int(self._config.chunk)
+
+    def _num_bytes(self, job: CaptureJob) -> int:
+        return self._signature.sample_bytes(job.num_tokens, len(job.last_rows))
+
+    def _fail(self, job: CaptureJob, reason: str, *, retry: bool = False) -> None:
+        outcome = Outcome(
+            capture=job.capture,
+            attempt=job.attempt,
+            kind="failed",
+            num_tokens=job.num_tokens,
+            retry=retry,
+            reason=reason,
+        )
+        if self._table.abandon(job, outcome):
+            self._count(num_failed=1)
+            self._event("capture", f"capture {job.capture} failed: {reason}")
+
+    def _event(self, kind: str, message: str) -> None:
+        logger.warning(message)
+        self._telemetry.emit("event", event=kind, message=message)
+
+    def _count(self, **more: float) -> None:
+        with self._lock:
+            self._stats = self._stats.model_copy(
+                update={name: getattr(self._stats, name) + value for name, value in more.items()}
+            )
+
+
+def _connect_grpc(address: str) -> CaptureClient:
+    from services.target.client import TargetClient  # tests and synthetic producers need no gRPC
+
+    return TargetClient(address)

@@ -1,0 +1,128 @@
+"""The metric stream: small records that anyone may read and nobody waits for.
+
+A writer hands records to a thread through a bounded queue; what does not fit, or cannot be sent, is dropped and
+counted. The stream in Redis keeps the newest records; the run's own history lies in its output directory.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from typing import Any
+
+import redis
+
+from services.errors import ReplayError
+
+MOST_RECORDS = 10_000
+"""Records that the stream keeps, about."""
+
+QUEUE_RECORDS = 1_000
+"""Records that may wait in a process."""
+
+CLOSE_TIMEOUT_S = 2.0
+
+BLOCK_MS_LIMIT = 5_000
+"""Longest blocking read; the connection's own time-out must not pass first."""
+
+FIELD = b"record"
+
+
+class TelemetryWriter:
+    """Sends records from one process. `emit` never blocks and never raises for Redis' sake."""
+
+    def __init__(self, client: redis.Redis, prefix: str) -> None:
+        """Start the sending thread.
+
+        Args:
+            client: The control Redis.
+            prefix: Of the run's keys.
+        """
+        self._client = client
+        self._key = f"{prefix}:telemetry"
+        self._queue: queue.Queue[str | None] = queue.Queue(QUEUE_RECORDS)
+        self._lock = threading.Lock()
+        self._num_dropped = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._send_all, name="telemetry", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_dropped(self) -> int:
+        """Records lost because the queue was full or Redis did not take them."""
+        with self._lock:
+            return self._num_dropped
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Queue one record.
+
+        Args:
+            kind: What it is: `step`, `event`, …
+            **fields: Numbers, strings, lists and dicts of these. `time_s` is added unless given.
+
+        Raises:
+            TypeError: A field is nothing that JSON can hold.
+        """
+        text = json.dumps({"kind": kind, "time_s": time.time(), **fields}, separators=(",", ":"))
+        if self._closed.is_set():
+            self._drop()
+            return
+        try:
+            self._queue.put_nowait(text)
+        except queue.Full:
+            self._drop()
+
+    def close(self) -> None:
+        """Send what is queued, for at most two seconds, and end the thread. Again: nothing happens."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            self._queue.put(None, timeout=CLOSE_TIMEOUT_S)
+        except queue.Full:
+            return  # the thread hangs on Redis; it is a daemon
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _send_all(self) -> None:
+        while (text := self._queue.get()) is not None:
+            try:
+                self._client.xadd(self._key, {FIELD: text}, maxlen=MOST_RECORDS, approximate=True)
+            except ReplayError:  # Redis is away or full: telemetry is what can be lost
+                self._drop()
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._num_dropped += 1
+
+
+class TelemetryReader:
+    """Reads a run's records from the oldest that the stream still has."""
+
+    def __init__(self, client: redis.Redis, prefix: str) -> None:
+        """Begin at the start of the stream under `prefix`."""
+        self._client = client
+        self._key = f"{prefix}:telemetry"
+        self._last_id: bytes | str = "0"
+
+    def read(self, block_ms: int = 0, count: int = 1_000) -> list[dict[str, Any]]:
+        """The next records, oldest first.
+
+        Args:
+            block_ms: How long to wait for one if there is none, at most five seconds; 0 does not wait.
+            count: Most records of one call.
+
+        Returns:
+            Each with `kind`, `time_s` and its own fields; empty if there are none.
+
+        Raises:
+            ReplayUnavailableError: Redis does not answer.
+        """
+        block = min(block_ms, BLOCK_MS_LIMIT) if block_ms > 0 else None
+        answer: Any = self._client.xread({self._key: self._last_id}, count=count, block=block)
+        if not answer:
+            return []
+        ((_, entries),) = answer
+        self._last_id = entries[-1][0]
+        return [json.loads(fields[FIELD]) for _, fields in entries]
