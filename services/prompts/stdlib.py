@@ -96,8 +96,11 @@ def _cut(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tupl
     text = textwrap.dedent("\n".join(lines[first:last]))
     if len(text) > MAX_CHARACTERS:
         return None
-    kept = text.split("\n")
-    return "\n".join(kept[: given_until - first]) + "\n", "\n".join(kept[given_until - first :])
+    lines_of_text = text.split("\n")
+    rest = "\n".join(lines_of_text[given_until - first :])
+    # The indentation goes to the given part: a tokenizer may not split it off the newline before it.
+    completion = rest.lstrip()
+    return text[: len(text) - len(completion)], completion
 
 
 def _end_of_header(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
