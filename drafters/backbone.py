@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from drafters.attention import BlockLayout, KeyValues, Rope
 from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.drafter import Drafter
-from drafters.families.family import Family
+from drafters.families.family import BlockLayer, Family
 
 FIRST_CACHE_ROWS = 64
 """Context rows that a drafting cache has room for at first; it doubles as needed."""
@@ -106,10 +107,10 @@ class BlockBackbone(Drafter):
         inputs = block_inputs(batch.input_ids, anchors, block_size, self._mask_token_id).flatten(1)
         blocks = self.embed_tokens(inputs)
         block_rope = self._rope(blocks, positions)
-        for layer in self.layers:
+        for layer in self._block_layers:
             blocks = layer(blocks, layer.project_context(context, context_rope), block_rope, layout)
         hidden: Tensor = self.norm(blocks)
-        return hidden.unflatten(1, (-1, block_size))
+        return hidden.view(*anchors.positions.shape, block_size, -1)
 
     def start_drafting(self, seed: int = 0) -> BlockDraftState:
         """A state without context."""
@@ -130,7 +131,7 @@ class BlockBackbone(Drafter):
         if self.settings.permute_context:
             positions = torch.randint(total, (len(features),), generator=state.generator)
         rope = self._rope(context, positions[None].to(context.device))
-        for layer, cache in zip(self.layers, state.caches, strict=True):
+        for layer, cache in zip(self._block_layers, state.caches, strict=True):
             cache.append(layer.project_context(context, rope))
         state.num_context = total
 
@@ -150,10 +151,14 @@ class BlockBackbone(Drafter):
         positions = torch.arange(state.num_context, state.num_context + block_size, device=device)
         rope = self._rope(blocks, positions[None])
         layout = BlockLayout.of_one_block(state.num_context, block_size)
-        for layer, cache in zip(self.layers, state.caches, strict=True):
+        for layer, cache in zip(self._block_layers, state.caches, strict=True):
             blocks = layer(blocks, cache.rows(), rope, layout)
         hidden: Tensor = self.norm(blocks)
         return hidden[0]
+
+    @property
+    def _block_layers(self) -> Iterable[BlockLayer]:
+        return cast(Iterable[BlockLayer], self.layers)
 
     @property
     def _block_size(self) -> int:

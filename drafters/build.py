@@ -27,7 +27,7 @@ def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **
     text_config = target_config.get_text_config(decoder=True)
     family = find_family(text_config.model_type)
     drafter_class = find_algorithm(algorithm).load()
-    resolved = DrafterConfig(algorithm=algorithm, **settings).resolve(  # type: ignore[arg-type]  # checked above
+    resolved = DrafterConfig(algorithm=algorithm, **settings).resolve(
         num_target_layers=text_config.num_hidden_layers,
         vocab_size=text_config.vocab_size,
         model_type=text_config.model_type,
@@ -40,6 +40,7 @@ def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **
 def draft_config(text_config: PretrainedConfig, settings: DrafterConfig) -> PretrainedConfig:
     """The target's text config with the drafter's layers; what else the drafter is stands in its settings."""
     values = text_config.to_dict()
+    values.pop("_name_or_path", None)
     values.update(
         num_hidden_layers=settings.num_draft_layers,
         layer_types=["full_attention"] * settings.num_draft_layers,

@@ -97,7 +97,7 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     drafter.reset_buffers()
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     _check_tensors(folder / WEIGHTS_NAME, tensors, drafter.state_dict())
-    drafter.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    drafter.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
     return drafter.eval()
 
 

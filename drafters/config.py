@@ -38,7 +38,8 @@ class DrafterConfig(BaseModel):
         """Fill in layer ids and mask token for a target, and check both against it.
 
         Raises:
-            ValueError: A layer id is out of range, unsorted or the last layer, or the mask token is none of the target's.
+            ValueError: A layer id is out of range, unsorted or the last layer, or the mask token is
+                none of the target's.
         """
         layer_ids = self.target_layer_ids or spread_layer_ids(num_target_layers)
         mask_token_id = self.mask_token_id if self.mask_token_id is not None else DEFAULT_MASK_TOKENS.get(model_type)

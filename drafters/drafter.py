@@ -86,8 +86,8 @@ class Drafter(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, deviation)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
 
     @abstractmethod
     def reset_buffers(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from drafters.anchors import Anchors, anchor_candidates, draw_anchors, seeded_generators, supervise
+from drafters.anchors import Anchors, Slots, anchor_candidates, draw_anchors, seeded_generators, supervise
 from drafters.backbone import BlockBackbone, BlockDraftState
 from drafters.batch import FeatureBatch
 from drafters.confidence import ConfidenceHead
@@ -101,26 +101,17 @@ class DSparkDrafter(BlockBackbone):
         generators = seeded_generators(anchor_seeds, len(batch.input_ids))
         if anchors is None:
             anchors = draw_anchors(batch.loss_mask, self.settings.num_anchors, generators)
-        drawn = Anchors(anchors[0].to(device), anchors[1].to(device))
+        drawn = Anchors(anchors[0].to(device, torch.long), anchors[1].to(device, torch.bool))
         slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.block_size)
         rows = slots.eval_mask
         weights = slot_weights(rows, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
 
         outputs = self._run_heads(self.block_hidden(batch, drawn, generators), batch, drawn, slots.labels)
-        if return_logits:
-            draft_logits = self._draft_logits(outputs.hidden, outputs.latent)
-            target_logits = self._target_logits(batch, slots.target_rows, torch.ones_like(rows)).unflatten(
-                0, rows.shape
-            )
-            terms = row_losses(draft_logits[rows], target_logits[rows], slots.labels[rows])
-        else:
-            latent = None if outputs.latent is None else outputs.latent[rows]
-            terms = row_losses(
-                self._draft_logits(outputs.hidden[rows], latent),
-                self._target_logits(batch, slots.target_rows, rows),
-                slots.labels[rows],
-            )
+        scored = rows if not return_logits else torch.ones_like(rows)
+        draft_logits, target_logits = self._logits(outputs, batch, slots, scored)
+        counted = rows[scored]
+        terms = row_losses(draft_logits[counted], target_logits[counted], slots.labels[rows])
 
         losses = {"ce_loss": (terms.cross_entropy, alphas.ce_loss_alpha)}
         if alphas.l1_loss_alpha:
@@ -145,7 +136,15 @@ class DSparkDrafter(BlockBackbone):
 
         if not return_logits:
             return TrainingOutput(loss, means)
-        return TrainingOutput(loss, means, draft_logits, slots.labels, rows, outputs.confidence, target_logits)
+        return TrainingOutput(
+            loss,
+            means,
+            draft_logits=draft_logits.view(*rows.shape, -1),
+            target_ids=slots.labels,
+            eval_mask=rows,
+            confidence_pred=outputs.confidence,
+            aligned_target_logits=target_logits.view(*rows.shape, -1),
+        )
 
     @torch.no_grad()
     def propose(
@@ -200,17 +199,13 @@ class DSparkDrafter(BlockBackbone):
             confidence = self.confidence_head(hidden, embedded)
         return SlotOutputs(hidden, latent, confidence)
 
-    def _draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
-        """[..., D] and [..., r] → [..., V]."""
-        logits: Tensor = self.lm_head(hidden)
-        if self.markov_head is not None and latent is not None:
-            logits = logits + self.markov_head.bias(latent)
-        return logits
-
-    @torch.no_grad()
-    def _target_logits(self, batch: FeatureBatch, target_rows: Tensor, wanted: Tensor) -> Tensor:
-        """Target logits of the wanted slots: [B, A, γ] row numbers and mask → [N, V]."""
-        sample = torch.arange(len(target_rows), device=target_rows.device)[:, None, None].expand_as(target_rows)
-        states = batch.target_last_hidden_states[sample[wanted], target_rows[wanted]]
-        logits: Tensor = self.lm_head(states.to(self.lm_head.weight.dtype))
-        return logits
+    def _logits(self, outputs: SlotOutputs, batch: FeatureBatch, slots: Slots, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of draft and target in the slots that `scored` [B, A, γ] marks: [N, V] each, the target's detached."""
+        draft_logits = self.lm_head(outputs.hidden[scored])
+        if self.markov_head is not None and outputs.latent is not None:
+            draft_logits = draft_logits + self.markov_head.bias(outputs.latent[scored])
+        with torch.no_grad():
+            samples = torch.arange(len(scored), device=scored.device)[:, None, None].expand_as(scored)
+            states = batch.target_last_hidden_states[samples[scored], slots.target_rows[scored]]
+            target_logits = self.lm_head(states.to(self.lm_head.weight.dtype))
+        return draft_logits, target_logits
