@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -180,3 +181,18 @@ def test_evaluator_refuses_drafter_of_another_target(target, tmp_path, changes, 
 def test_evaluator_refuses_folder_without_drafter(tmp_path):
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         make_evaluator().evaluate(str(tmp_path), "nothing")
+
+
+def test_evaluator_runs_as_ray_actor(ray_cluster, checkpoint, tmp_path):
+    prompts = [result["prompt"] for result in BY_THRESHOLD[0.0][:2]]
+    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, threads=1)
+    actor = ray.remote(Evaluator).options(num_cpus=0).remote(str(CASE / "target"), prompts, config)
+    try:
+        report = ray.get(actor.evaluate.remote(str(checkpoint), "step_0"), timeout=120)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            ray.get(actor.evaluate.remote(str(tmp_path), "nothing"), timeout=120)
+    finally:
+        ray.kill(actor)
+    assert report.lossless is True
+    local = make_evaluator(max_samples=2).evaluate(str(checkpoint), "step_0")
+    assert report.model_copy(update={"seconds": 0.0}) == local.model_copy(update={"seconds": 0.0})
