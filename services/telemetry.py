@@ -10,7 +10,8 @@ import json
 import queue
 import threading
 import time
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import redis
 
@@ -84,6 +85,14 @@ class TelemetryWriter:
         except queue.Full:
             return  # the thread hangs on Redis; it is a daemon
         self._thread.join(CLOSE_TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _send_all(self) -> None:
         while (text := self._queue.get()) is not None:

