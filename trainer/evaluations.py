@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from evaluation.evaluator import Evaluator
+from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
 from trainer.cluster import start_actor
 from trainer.recipe import Recipe
@@ -48,7 +48,7 @@ class Evaluations:
         config = self._recipe.evaluation
         if self._evaluator is None:
             self._evaluator = start_actor(
-                Evaluator, self._recipe.target.model, prompts(config.max_samples), config, num_gpus=config.num_gpus
+                EvaluatorActor, self._recipe.target.model, prompts(config.max_samples), config, num_gpus=config.num_gpus
             )
         self._pending[self._evaluator.evaluate.remote(str(checkpoint), checkpoint.name)] = checkpoint.name
 

@@ -10,12 +10,17 @@ The driver carries no tensors: it places actors, reads telemetry and ends everyt
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import ray
+
+from services.contracts import DTYPE_BYTES, TableSignature
+from services.errors import SlipstreamError, TargetError
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
+from services.replay.config import EMBEDDED, ReplayConfig
 from services.replay.connect import check_server, claim, connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.registry import TargetRegistry
@@ -23,10 +28,6 @@ from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.target.pool import TargetPool
 from services.telemetry import TelemetryReader
-
-from services.contracts import DTYPE_BYTES, TableSignature
-from services.errors import SlipstreamError, TargetError
-from services.replay.config import EMBEDDED, ReplayConfig
 from trainer.checkpoint import checkpoint_step, latest_checkpoint
 from trainer.cluster import ray_cluster, start_actor, wait_placed
 from trainer.console import RunConsole
@@ -96,7 +97,7 @@ def replay_redis(config: ReplayConfig, output: OutputDir) -> Iterator[str]:
             embedded.close()
         return
     client = connect(config.redis)
-    check_server(client, config.capacity)
+    check_server(client, config.capacity, table_prefix(output))
     with claim(client, table_prefix(output), owner=str(output.path)):
         yield config.redis
 
@@ -142,7 +143,7 @@ class Job:
         recipe, signature = self._recipe, self._prepared.signature
         self._console.phase("starting target, replay shard, coordinator and trainer")
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
-        self._table.create(recipe.replay.capacity, signature, max_times_sampled=recipe.replay.reuse)
+        self._table.create(recipe.replay.capacity, signature, recipe.replay.reuse)
         self._pool.start()
         self._coordinator = self._start_coordinator()
         shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
@@ -175,6 +176,7 @@ class Job:
                 if future == self._shard_run:
                     raise SlipstreamError("the replay shard ended before training did")
                 self._results[self._training.pop(future)] = result
+            self._pool.check()
             for event in self._pool.events():
                 self._observer.report(event)
             self._observer.look()
@@ -265,6 +267,7 @@ class Job:
             str(self._output.path),
             str(self._resume) if self._resume else None,
             self._output.attempt,
+            sys.argv,
             num_cpus=trainer.num_cpus,
             num_gpus=trainer.num_gpus,
         )

@@ -1,0 +1,23 @@
+"""The evaluator as a Ray actor. Importing this module imports no torch: the driver does it too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from evaluation.report import Report
+
+
+class EvaluatorActor:
+    """An `Evaluator` in a process of its own; same arguments, same `evaluate`."""
+
+    def __init__(self, model: str, prompts: list[list[int]], config: EvaluationConfig) -> None:
+        from evaluation.evaluator import Evaluator
+
+        self._evaluator = Evaluator(model, prompts, config)
+
+    def evaluate(self, checkpoint: str, label: str) -> Report:
+        """Decode the held-out prompts with a checkpoint; see `Evaluator.evaluate`."""
+        return self._evaluator.evaluate(checkpoint, label)
