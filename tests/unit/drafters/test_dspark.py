@@ -1,0 +1,249 @@
+import dataclasses
+
+import pytest
+import torch
+
+from drafters import FeatureBatch
+from drafters.anchors import Anchors
+
+SEEDS = [21, 22, 23, 24]
+KINDS = ["vanilla", "gated", "rnn"]
+
+
+def gradients(drafter):
+    return {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.requires_grad}
+
+
+def train(drafter, batch, **options):
+    drafter.zero_grad(set_to_none=True)
+    out = drafter.training_forward(batch, **options)
+    out.loss.backward()
+    return out, gradients(drafter)
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def rows_of(batch, rows):
+    return FeatureBatch(**{field.name: getattr(batch, field.name)[rows] for field in dataclasses.fields(batch)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_do_not_depend_on_return_logits(make_drafter, make_batch, kind):
+    drafter, batch = make_drafter(markov_head_type=kind), make_batch(20, 14)
+    plain, plain_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2], return_logits=True)
+    selected, selected_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2])
+    assert selected.draft_logits is None
+    assert selected.metrics == pytest.approx(plain.metrics, rel=1e-5)
+    torch.testing.assert_close(selected.loss, plain.loss)
+    assert_same_gradients(selected_gradients, plain_gradients)
+
+
+def test_forward_is_training_forward(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20)
+    assert drafter(batch, anchor_seeds=[1]).loss == drafter.training_forward(batch, anchor_seeds=[1]).loss
+
+
+def test_only_needed_rows_of_the_last_hidden_state_are_read(make_drafter, make_batch):
+    drafter, batch = make_drafter(num_anchors=100), make_batch(20, 14)
+    batch.loss_mask[0, 9:12] = False
+    expected, expected_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2])
+    needed = drafter.needed_rows(batch.loss_mask)
+    assert needed.sum() < needed.numel()
+    last = torch.where(needed[..., None], batch.target_last_hidden_states, torch.nan)
+    out, out_gradients = train(
+        drafter, dataclasses.replace(batch, target_last_hidden_states=last), anchor_seeds=SEEDS[:2]
+    )
+    assert torch.equal(out.loss, expected.loss)
+    assert out.metrics == expected.metrics
+    assert_same_gradients(out_gradients, expected_gradients)
+
+
+def test_every_needed_row_is_read_when_all_candidates_are_anchors(make_drafter, make_batch):
+    drafter, batch = make_drafter(num_anchors=100), make_batch(12)
+    for row in drafter.needed_rows(batch.loss_mask)[0].nonzero().flatten().tolist():
+        last = batch.target_last_hidden_states.clone()
+        last[0, row] = torch.nan
+        out = drafter.training_forward(dataclasses.replace(batch, target_last_hidden_states=last), anchor_seeds=[1])
+        assert out.loss.isnan(), row
+
+
+def test_context_at_or_after_an_anchor_is_not_seen(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20)
+    anchors = Anchors(torch.tensor([[8, 12]]), torch.ones(1, 2, dtype=torch.bool))
+
+    def logits_with(position):
+        features = batch.target_hidden_states.clone()
+        features[0, position] += 1.0
+        changed = dataclasses.replace(batch, target_hidden_states=features)
+        return drafter.training_forward(changed, anchors=anchors, return_logits=True).draft_logits[0]
+
+    before, at_first, at_second = logits_with(19), logits_with(8), logits_with(12)
+    assert torch.equal(before[0], at_first[0])
+    assert not torch.allclose(before[1], at_first[1])
+    assert torch.equal(before, at_second)
+
+
+def test_a_row_trains_alike_alone_and_in_a_padded_batch(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 14, 17)
+    together = drafter.training_forward(batch, anchor_seeds=SEEDS[:3], return_logits=True)
+    alone_batch = make_batch(20, 14)
+    alone = drafter.training_forward(rows_of(alone_batch, slice(1, 2)), anchor_seeds=SEEDS[1:2], return_logits=True)
+    counted = alone.eval_mask[0]
+    width = len(counted)
+    assert torch.equal(together.target_ids[1, :width], alone.target_ids[0])
+    torch.testing.assert_close(
+        together.draft_logits[1, :width][counted], alone.draft_logits[0][counted], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("lengths", [(20, 14, 17, 11), (20, 14, 6, 6)])
+def test_two_ranks_sum_to_the_whole_batch(make_drafter, make_batch, lengths):
+    drafter, batch = make_drafter(), make_batch(*lengths)
+    whole, whole_gradients = train(drafter, batch, anchor_seeds=SEEDS)
+
+    halves = [slice(0, 2), slice(2, 4)]
+    # The first pass records what each rank would send, the second answers with the sums over both ranks.
+    sent = [[], []]
+    for rank, rows in enumerate(halves):
+
+        def record(values, rank=rank):
+            sent[rank].append(values.clone())
+            return values
+
+        drafter.training_forward(rows_of(batch, rows), anchor_seeds=SEEDS[rows], reduce=record)
+    assert [len(calls) for calls in sent] == [2, 2]
+    denominator = sent[0][0] + sent[1][0]
+
+    losses, parts, second = [], [], []
+    for rows in halves:
+        answers = iter([denominator, None])
+
+        def reduce(values, answers=answers):
+            answer = next(answers)
+            if answer is None:
+                second.append(values.clone())
+                return values
+            return answer
+
+        out, part = train(drafter, rows_of(batch, rows), anchor_seeds=SEEDS[rows], reduce=reduce)
+        losses.append(out.loss.detach())
+        parts.append(part)
+    torch.testing.assert_close(sum(losses), whole.loss.detach())
+    assert_same_gradients({name: parts[0][name] + parts[1][name] for name in parts[0]}, whole_gradients)
+
+    answers = iter([denominator, second[0] + second[1]])
+    out = drafter.training_forward(
+        rows_of(batch, halves[0]), anchor_seeds=SEEDS[:2], reduce=lambda values: next(answers)
+    )
+    assert out.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
+def test_sample_of_weight_zero_changes_nothing(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 20)
+    alone, alone_gradients = train(drafter, rows_of(batch, slice(0, 1)), anchor_seeds=SEEDS[:1])
+    padded, padded_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2], sample_weights=torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(padded.loss, alone.loss)
+    assert padded.metrics == pytest.approx(alone.metrics, rel=1e-5)
+    assert_same_gradients(padded_gradients, alone_gradients)
+
+
+def test_sample_of_weight_two_counts_like_the_sample_twice(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 15)
+    twice, twice_gradients = train(drafter, rows_of(batch, [0, 1, 1]), anchor_seeds=[1, 2, 2])
+    weighted, weighted_gradients = train(drafter, batch, anchor_seeds=[1, 2], sample_weights=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(weighted.loss, twice.loss)
+    assert weighted.metrics == pytest.approx(twice.metrics, rel=1e-5)
+    assert_same_gradients(weighted_gradients, twice_gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_without_supervision_has_zero_loss_and_zero_gradients(make_drafter, make_batch, kind):
+    drafter, batch = make_drafter(markov_head_type=kind), make_batch(9, 6, prompt=9)
+    assert not batch.loss_mask.any()
+    calls = []
+    out, out_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2], reduce=lambda v: calls.append(v) or v)
+    assert out.loss.item() == 0
+    assert all(gradient.abs().max() == 0 for gradient in out_gradients.values())
+    assert all(value == 0 for value in out.metrics.values())
+    assert len(calls) == 2  # other ranks would wait for ever otherwise
+
+
+def test_every_trainable_weight_learns(make_drafter, make_batch):
+    _, by_name = train(make_drafter(markov_head_type="rnn"), make_batch(20, 14), anchor_seeds=SEEDS[:2])
+    assert [name for name, gradient in by_name.items() if gradient.abs().max() == 0] == []
+
+
+def test_loss_settings_can_be_given_for_one_pass(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20)
+    out = drafter.training_forward(
+        batch, anchor_seeds=[1], ce_loss_alpha=1.0, l1_loss_alpha=0.0, confidence_head_alpha=0.0
+    )
+    assert "l1_loss" not in out.metrics
+    assert out.loss.item() == pytest.approx(out.metrics["ce_loss"], rel=1e-5)
+    with pytest.raises(TypeError, match="ce_alpha"):
+        drafter.training_forward(batch, ce_alpha=1.0)
+
+
+def test_loss_settings_come_from_the_settings(make_drafter, make_batch):
+    batch = make_batch(20)
+    drafter = make_drafter(ce_loss_alpha=0.5, l1_loss_alpha=0.25, confidence_head_alpha=0.0, loss_decay_gamma=2.0)
+    metrics = drafter.training_forward(batch, anchor_seeds=[1]).metrics
+    assert metrics["loss"] == pytest.approx(0.5 * metrics["ce_loss"] + 0.25 * metrics["l1_loss"])
+    other = drafter.training_forward(batch, anchor_seeds=[1], loss_decay_gamma=4.0).metrics
+    assert other["ce_loss"] != pytest.approx(metrics["ce_loss"], rel=1e-4)
+
+
+def test_drafter_without_heads_has_neither_their_loss_nor_their_weights(make_drafter, make_batch):
+    drafter = make_drafter(markov_rank=0, enable_confidence_head=False)
+    out = drafter.training_forward(make_batch(20), anchor_seeds=[1], return_logits=True)
+    assert out.confidence_pred is None
+    assert not any("confidence" in name for name in out.metrics)
+    assert not any("head." in name and "lm_head" not in name for name in drafter.state_dict())
+
+
+def test_confidence_with_markov_needs_a_markov_head(make_drafter):
+    with pytest.raises(ValueError, match="markov_rank is 0: set confidence_head_with_markov to false"):
+        make_drafter(markov_rank=0)
+
+
+def test_bf16_training_stays_close_to_float32(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 14)
+    exact = drafter.training_forward(batch, anchor_seeds=SEEDS[:2]).loss.item()
+    out, by_name = train(drafter.bfloat16(), batch, anchor_seeds=SEEDS[:2])
+    assert out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(exact, rel=0.03)
+    assert {gradient.dtype for gradient in by_name.values()} == {torch.bfloat16}
+    assert drafter.rotary.inv_freq.dtype == torch.float32
+
+
+def test_permuted_context_keeps_visibility_but_moves_features(make_drafter, make_batch):
+    batch = make_batch(20, 14)
+    straight, permuted = make_drafter(), make_drafter(permute_context=True)
+    permuted.load_state_dict(straight.state_dict())
+    anchors = Anchors(torch.tensor([[8, 12], [7, 9]]), torch.ones(2, 2, dtype=torch.bool))
+
+    def logits(drafter, features=None, seeds=(1, 2)):
+        given = batch if features is None else dataclasses.replace(batch, target_hidden_states=features)
+        return drafter.training_forward(given, anchors=anchors, anchor_seeds=seeds, return_logits=True).draft_logits
+
+    assert not torch.allclose(logits(straight), logits(permuted))
+    assert torch.equal(logits(permuted), logits(permuted))
+    assert not torch.allclose(logits(permuted)[0], logits(permuted, seeds=(3, 2))[0])
+    assert torch.equal(logits(permuted)[1], logits(permuted, seeds=(3, 2))[1])
+    changed = batch.target_hidden_states.clone()
+    changed[:, 12:] += 1.0
+    assert torch.equal(logits(permuted), logits(permuted, changed))
+
+
+def test_permuted_positions_are_a_permutation_of_each_rows_own_tokens(make_drafter, make_batch):
+    drafter, batch = make_drafter(permute_context=True), make_batch(9, 6)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    positions = drafter._context_positions(batch, generators).tolist()
+    assert sorted(positions[0]) == list(range(9))
+    assert sorted(positions[1][:6]) == list(range(6))
+    assert positions[1][6:] == [6, 7, 8]
+    assert positions[0] != list(range(9))

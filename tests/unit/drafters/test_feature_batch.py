@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from drafters import FeatureBatch
+
+GOOD = {
+    "input_ids": torch.zeros(2, 3, dtype=torch.int32),
+    "loss_mask": torch.ones(2, 3, dtype=torch.uint8),
+    "attention_mask": torch.ones(2, 3),
+    "target_hidden_states": torch.zeros(2, 3, 8),
+    "target_last_hidden_states": torch.zeros(2, 3, 4),
+}
+
+
+def test_ids_become_int64_and_masks_bool():
+    batch = FeatureBatch.from_tensors(**GOOD)
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.loss_mask.dtype == batch.attention_mask.dtype == torch.bool
+
+
+def test_nothing_is_padding_without_an_attention_mask():
+    assert FeatureBatch.from_tensors(**(GOOD | {"attention_mask": None})).attention_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("input_ids", torch.zeros(3), r"input_ids must be \[B, T\], got \[3\]"),
+        ("loss_mask", torch.zeros(2, 4), r"loss_mask is \[2, 4\], but input_ids is \[2, 3\]"),
+        ("attention_mask", torch.zeros(2), r"attention_mask is \[2\]"),
+        ("target_hidden_states", torch.zeros(2, 4, 8), r"target_hidden_states is \[2, 4, 8\]"),
+        ("target_last_hidden_states", torch.zeros(6, 4), r"target_last_hidden_states is \[6, 4\]"),
+    ],
+)
+def test_tensor_of_another_shape_is_refused_by_name(name, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureBatch.from_tensors(**(GOOD | {name: tensor}))
