@@ -257,7 +257,9 @@ class TargetPool:
         else:
             replica.is_placed = True
             replica.answered_s = now
-            if address is not None:
+            if address is None:
+                self._lose(replica, "lost its process; the restarted one loads")
+            else:
                 self._welcome(replica, address)
 
     def _welcome(self, replica: _Replica, address: str) -> None:
