@@ -35,7 +35,7 @@ class TrainerConfig(BaseModel):
     num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each rank")
     threads: int | None = Field(None, ge=1, description="torch threads of each rank; None leaves torch's choice")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 trains with fp32 master weights")
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; bf16 uses at least 1")
     global_batch_size: int = Field(512, ge=1, description="sequences of one optimizer step, over all ranks")
     micro_batch_size: int = Field(1, ge=1, description="sequences of one forward pass of one rank")
     learning_rate: float = Field(6e-4, gt=0, description="peak of the cosine schedule")
@@ -48,6 +48,7 @@ class TrainerConfig(BaseModel):
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep; step_0 is always kept")
     prefetch: int = Field(2, ge=1, description="micro-batches fetched ahead of the step")
+    wait_s: float = Field(600.0, gt=0, description="longest wait for a micro-batch before the run fails")
     tail: Literal["pad", "drop"] = Field("pad", description="a last step without a full batch is padded or dropped")
     deterministic: bool = Field(False, description="plan order: the same losses for any number of targets")
     seed: int = Field(42, description="seeds the drafter's new weights")
@@ -140,7 +141,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}{hint}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):

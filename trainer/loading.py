@@ -1,0 +1,92 @@
+"""How a rank gets a micro-batch: lease samples, read them, pad them, bring them to its device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from services.contracts import SampleLease, TableSignature, Use
+from services.prompts.plan import anchor_seed
+from services.replay.reader import ReplayReader
+from trainer.collate import MicroBatch, collate
+from trainer.recipe import Recipe
+
+
+class MicroBatchLoader:
+    """Makes micro-batches from what is in the replay buffer; called by the prefetching thread.
+
+    Args:
+        reader: Reads the table.
+        recipe: Sizes, seed and deadlines.
+        signature: The table's.
+        rank: Who leases.
+        generation: Of the trainer group.
+        device: Where micro-batches go.
+        dtype: Of the features there.
+    """
+
+    def __init__(
+        self,
+        reader: ReplayReader,
+        recipe: Recipe,
+        signature: TableSignature,
+        *,
+        rank: int,
+        generation: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._reader = reader
+        self._config = recipe.trainer
+        self._lease_s = recipe.replay.lease_s
+        self._anchor_seed = recipe.prompts.seed
+        self._signature = signature
+        self._rank = rank
+        self._generation = generation
+        self._device = device
+        self._dtype = dtype
+
+    def load(self, captures: Sequence[int] | None, cancelled: threading.Event) -> MicroBatch:
+        """Wait for samples and make a micro-batch of them; what is missing at the end of the plan is padded.
+
+        Args:
+            captures: Take exactly these (deterministic mode); None takes whatever is ready.
+            cancelled: Ends the wait early; the micro-batch is then empty.
+
+        Raises:
+            DeadlineError: The buffer does not give the samples in time.
+            FeatureError: A feature is not finite.
+        """
+        samples = [self._reader.fetch(lease) for lease in self._lease(captures, cancelled)]
+        micro_batch = collate(
+            samples,
+            [self._seed(sample.lease) for sample in samples],
+            num_rows=self._config.micro_batch_size,
+            context_width=len(self._signature.layer_ids) * self._signature.hidden_size,
+            hidden_size=self._signature.hidden_size,
+        )
+        return micro_batch.to(self._device, self._dtype)
+
+    def ack(self, micro_batch: MicroBatch) -> None:
+        """End the leases of a micro-batch: the last use of a sample frees its bytes."""
+        if micro_batch.leases:
+            self._reader.ack(micro_batch.leases, self._generation)
+
+    def _lease(self, captures: Sequence[int] | None, cancelled: threading.Event) -> list[SampleLease]:
+        if captures is not None and not captures:
+            return []  # the plan ended on another rank
+        return self._reader.lease(
+            rank=self._rank,
+            generation=self._generation,
+            count=self._config.micro_batch_size,
+            lease_s=self._lease_s,
+            timeout_s=self._config.wait_s,
+            captures=captures,
+            cancelled=cancelled,
+        )
+
+    def _seed(self, lease: SampleLease) -> int:
+        job = lease.sample.job
+        return anchor_seed(self._anchor_seed, Use(prompt=job.prompt, epoch=job.epoch, k=lease.k))

@@ -1,0 +1,173 @@
+"""One trainer rank, as a Ray actor. The driver imports this module too, so torch and DeepSpeed load with the actor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+
+from services.contracts import StepLease, StepReport, TableSignature
+from services.errors import DeadlineError
+from trainer.recipe import Recipe
+from trainer.result import TrainResult
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+__all__ = ["CoordinatorClient", "TrainResult", "TrainerRank"]
+
+LEASE_DEADLINE_S = 600.0
+"""How long the coordinator may take to grant a step: it may have to tokenise a long run of unusable prompts."""
+
+ANSWER_DEADLINE_S = 120.0
+"""How long the coordinator may take to answer a question that needs no waiting."""
+
+LEDGER_DEADLINE_S = 120.0
+"""How long the coordinator may wait for the other ranks' reports of a step that is already done."""
+
+
+class CoordinatorClient:
+    """The coordinator as a rank sees it.
+
+    Args:
+        actor: Handle of the coordinator's actor.
+        generation: Of this trainer group; requests of an older one are refused.
+    """
+
+    def __init__(self, actor: Any, generation: int) -> None:
+        self._actor = actor
+        self._generation = generation
+        self._reports: list[Any] = []
+
+    def step_lease(self, step: int) -> StepLease:
+        """What to do in a step; the same for every rank.
+
+        Raises:
+            DeadlineError: The coordinator does not answer.
+            StaleGenerationError: A newer trainer group has taken over.
+        """
+        deadline_s = time.monotonic() + LEASE_DEADLINE_S
+        while True:
+            try:
+                lease: StepLease = self._ask(self._actor.step_lease.remote(step, self._generation), ANSWER_DEADLINE_S)
+            except DeadlineError:  # still encoding conversations: ask again
+                if time.monotonic() >= deadline_s:
+                    raise
+            else:
+                return lease
+
+    def report(self, report: StepReport) -> None:
+        """Say that a step is done; does not wait for an answer. Raises what the coordinator said of an earlier one."""
+        self._reports.append(self._actor.step_done.remote(report))
+        answered, self._reports = ray.wait(self._reports, num_returns=len(self._reports), timeout=0)
+        for answer in answered:
+            self._ask(answer, ANSWER_DEADLINE_S)
+
+    def ledger_at(self, step: int) -> str:
+        """The ledger after a step, as JSON lines; waits until every rank has reported it.
+
+        Raises:
+            DeadlineError: A rank's report or the answer does not come.
+        """
+        ledger: str = self._ask(self._actor.ledger_at.remote(step, LEDGER_DEADLINE_S), LEDGER_DEADLINE_S + 10)
+        return ledger
+
+    def planned_uses(self) -> int:
+        """Uses in the plan.
+
+        Raises:
+            DeadlineError: The coordinator does not answer.
+        """
+        planned: int = self._ask(self._actor.progress.remote(), ANSWER_DEADLINE_S).planned
+        return planned
+
+    def _ask(self, answer: Any, deadline_s: float) -> Any:
+        try:
+            return ray.get(answer, timeout=deadline_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise DeadlineError(f"the coordinator did not answer a trainer rank within {deadline_s:g} s") from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+class TrainerRank:
+    """One rank of a trainer group. Construct all of them, open the store on rank 0, then call `train` on all.
+
+    Args:
+        rank: Number of this rank; 0 opens the store, writes what is written once, and speaks for the group.
+        recipe: The run's recipe, with the drafter's settings resolved for the target.
+        redis_url: Where the replay table and telemetry are.
+        prefix: What their keys begin with.
+        signature: The table's.
+        coordinator: Handle of the coordinator's actor.
+        output_dir: The run's directory.
+        resume_from: Folder of the checkpoint to go on from; None starts anew.
+        generation: Number of this trainer group.
+        command: The run's command line, for the provenance.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        recipe: Recipe,
+        redis_url: str,
+        prefix: str,
+        signature: TableSignature,
+        coordinator: Any,
+        output_dir: str,
+        resume_from: str | None,
+        generation: int,
+        command: Sequence[str] = (),
+    ) -> None:
+        from trainer.training import load_libraries
+
+        self._rank = rank
+        self._recipe = recipe
+        self._redis = (redis_url, prefix)
+        self._signature = signature
+        self._coordinator = CoordinatorClient(coordinator, generation)
+        self._output_dir = Path(output_dir)
+        self._resume_from = Path(resume_from) if resume_from else None
+        self._generation = generation
+        self._command = command
+        self._store: TCPStore | None = None
+        load_libraries(recipe.trainer)  # seconds that pass while the targets load
+
+    def open_store(self) -> str:
+        """Open the store where the ranks of this group meet, for rank 0 only; returns ``host:port``."""
+        from trainer.distributed import LOOPBACK, open_store
+
+        alone = sum(node["Alive"] for node in ray.nodes()) == 1
+        host = LOOPBACK if alone else ray.util.get_node_ip_address()
+        self._store = open_store(host, self._recipe.trainer.world_size)
+        return f"{host}:{self._store.port}"
+
+    def train(self, store_address: str) -> TrainResult:
+        """Train until the coordinator grants no more steps; returns after the last checkpoint is published.
+
+        Args:
+            store_address: What rank 0's `open_store` returned.
+
+        Raises:
+            SlipstreamError: Something the user can act on.
+        """
+        from trainer.distributed import connect_store
+        from trainer.training import train
+
+        store = self._store or connect_store(store_address, self._recipe.trainer.world_size)
+        return train(
+            store,
+            self._rank,
+            self._recipe,
+            *self._redis,
+            signature=self._signature,
+            coordinator=self._coordinator,
+            output_dir=self._output_dir,
+            resume_from=self._resume_from,
+            generation=self._generation,
+            command=self._command,
+        )

@@ -1,0 +1,121 @@
+"""Puts one rank's training together: group, drafter, engine, buffer; then runs the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from drafters.build import build_drafter
+from drafters.checkpoint import copy_target_embeddings
+from drafters.drafter import Drafter
+from services.contracts import TableSignature
+from services.models import find_model
+from services.replay.connect import connect
+from services.replay.reader import ReplayReader
+from services.telemetry import TelemetryWriter
+from trainer.checkpoint import checkpoint_step
+from trainer.distributed import (
+    DTYPES,
+    build_engine,
+    library_output_to,
+    load_deepspeed,
+    process_group,
+    training_device,
+)
+from trainer.loading import MicroBatchLoader
+from trainer.loop import CoordinatorSide, TrainingLoop
+from trainer.prefetch import LeaseSource, Prefetcher
+from trainer.recipe import Recipe, TrainerConfig
+from trainer.result import TrainResult
+from trainer.saving import CheckpointWriter, restore
+from trainer.schedule import planned_steps
+
+
+class CoordinatorLink(LeaseSource, CoordinatorSide, Protocol):
+    """All that a rank asks of the coordinator."""
+
+    def planned_uses(self) -> int:
+        """Uses in the plan."""
+        ...
+
+
+def load_libraries(config: TrainerConfig) -> None:
+    """Import and configure what takes seconds, before there is anything to train on."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+        torch.use_deterministic_algorithms(True)
+    load_deepspeed(training_device(config))
+
+
+def train(
+    store: dist.TCPStore,
+    rank: int,
+    recipe: Recipe,
+    redis_url: str,
+    prefix: str,
+    *,
+    signature: TableSignature,
+    coordinator: CoordinatorLink,
+    output_dir: Path,
+    resume_from: Path | None,
+    generation: int,
+    command: Sequence[str],
+) -> TrainResult:
+    """Train one rank until the coordinator grants no more steps.
+
+    The buffer is read from the first moment on, so that captures begin while the engine is still being built.
+    """
+    config = recipe.trainer
+    device, dtype = training_device(config), DTYPES[config.precision]
+    done_steps = checkpoint_step(resume_from) if resume_from else 0
+    reader = ReplayReader(redis_url, prefix, signature)
+    loader = MicroBatchLoader(reader, recipe, signature, rank=rank, generation=generation, device=device, dtype=dtype)
+    checkpoints = CheckpointWriter(output_dir, recipe, rank, command)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(reader))
+        stack.enter_context(library_output_to(output_dir / "logs" / f"rank_{rank}.log"))
+        stack.enter_context(process_group(store, rank, config, device))
+        batches = stack.enter_context(
+            Prefetcher(coordinator, loader.load, depth=config.prefetch, first_step=done_steps + 1, rank=rank)
+        )
+        telemetry = stack.enter_context(contextlib.closing(TelemetryWriter(connect(redis_url), prefix)))
+        drafter = new_drafter(recipe).to(dtype)
+        if rank == 0 and not resume_from:
+            checkpoints.write_untrained(drafter)
+        engine = build_engine(drafter, config)
+        if resume_from:
+            restore(engine, resume_from)
+        total_steps = planned_steps(
+            coordinator.planned_uses(), config.global_batch_size, tail=config.tail, max_steps=config.max_steps
+        )
+        return TrainingLoop(
+            engine=engine,
+            batches=batches,
+            ack=loader.ack,
+            coordinator=coordinator,
+            checkpoints=checkpoints,
+            emit=telemetry.emit,
+            config=config,
+            rank=rank,
+            generation=generation,
+            total_steps=total_steps,
+            done_steps=done_steps,
+        ).run()
+
+
+def new_drafter(recipe: Recipe) -> Drafter:
+    """A drafter for the recipe's target: new weights from the recipe's seed, the target's embedding and head."""
+    folder = find_model(recipe.target.model, weights=True)
+    torch.manual_seed(recipe.trainer.seed)
+    drafter = build_drafter(AutoConfig.from_pretrained(folder), **recipe.drafter.model_dump())
+    copy_target_embeddings(drafter, folder)
+    return drafter.train()
