@@ -176,6 +176,12 @@ def test_missing_recipe_is_named(tmp_path: Path) -> None:
     assert explain(tmp_path) == f"cannot read recipe {tmp_path}: Is a directory"
 
 
+def test_missing_recipe_names_the_nearest_beside_it(tmp_path: Path) -> None:
+    for name in ("dspark_qwen3_4b.yaml", "dspark_qwen3_14b.yaml", "notes.txt"):
+        (tmp_path / name).touch()
+    assert explain(tmp_path / "dspark_qwen_4b.yaml").endswith(f"; did you mean {tmp_path}/dspark_qwen3_4b.yaml?")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
