@@ -24,11 +24,15 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by the folder it lies in, so that `-m unit` and `-m "not integration"` work."""
+    """Mark each test by the folder it lies in, so that `-m unit` works, and let those that share a Ray come last.
+
+    A process can hold one Ray at a time: tests that start their own come first and find none.
+    """
     for item in items:
         folder = item.path.relative_to(FOLDER).parts[0]
         if folder in MARKERS:
             item.add_marker(folder)
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
