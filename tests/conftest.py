@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 FOLDER = Path(__file__).parent
 MARKERS = ("unit", "integration", "e2e")
@@ -21,6 +22,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
+
+# A slow machine is no counterexample.
+settings.register_profile("slipstream", deadline=None)
+settings.load_profile("slipstream")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
