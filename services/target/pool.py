@@ -189,8 +189,8 @@ class TargetPool:
     def _placement_error(self, unplaced: list[int]) -> PlacementError:
         wanted = {"GPU": self._config.num_gpus, "CPU": self._config.num_cpus}
         wanted = {name: amount for name, amount in wanted.items() if amount}
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        total: dict[str, float] = ray.cluster_resources()
+        free: dict[str, float] = ray.available_resources()
         figures = ", ".join(
             f"{amount:g} {name} (the cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free)"
             for name, amount in wanted.items()

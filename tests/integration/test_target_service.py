@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -507,14 +505,14 @@ class Board:
         self.count += 1
 
 
-def _kill_listener(address: str) -> None:
+def _process_at(address: str) -> psutil.Process:
     port = int(address.rpartition(":")[2])
     (pid,) = {
         connection.pid
         for connection in psutil.net_connections("tcp")
         if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
     }
-    os.kill(pid, signal.SIGKILL)
+    return psutil.Process(pid)
 
 
 @pytest.mark.usefixtures("own_ray")
@@ -533,7 +531,15 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
                 assert torch.equal(_capture(client, job)[0], _expected(engine, job).context)
         assert pool.events() == []
 
-        _kill_listener(addresses[0])
+        process = _process_at(addresses[0])
+        with TargetClient(addresses[0]) as client, ThreadPoolExecutor(1) as threads:
+            client.describe(WAIT_S)
+            process.suspend()  # so that the capture is surely under way when the process dies
+            cut_off = threads.submit(_capture, client, job)
+            _wait_for(cut_off.running, "a capture under way")
+            process.kill()
+            with pytest.raises(TargetUnavailableError, match="UNAVAILABLE"):
+                cut_off.result(WAIT_S)
         _wait_for(lambda: board.addresses == [addresses[1]], "publication without the dead target")
         _wait_for(lambda: len(board.addresses) == 2, "the restart of the dead target", timeout_s=90.0)
         (reborn,) = set(board.addresses) - {addresses[1]}
