@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from services.contracts import Outcome, StepLease, StepReport
-from services.errors import CheckpointError, DeadlineError, PromptError
+from services.errors import CheckpointError, DeadlineError, PromptError, ReplayError, StaleGenerationError
 from services.models import find_model
 from services.prompts.capture_log import CaptureLog
 from services.prompts.chat import ChatEncoder, UnusablePromptError
@@ -130,8 +130,15 @@ class Coordinator:
             ReplayError: It contradicts what was granted or reported.
         """
         with self._changed:
-            self._schedule.report(report)
-            self._changed.notify_all()
+            try:
+                self._schedule.report(report)
+            except StaleGenerationError:
+                raise
+            except ReplayError as error:  # ranks do not wait for this answer: the next one they wait for says it too
+                self._error = self._error or error
+                raise
+            finally:
+                self._changed.notify_all()
 
     def ledger_at(self, step: int, timeout_s: float) -> str:
         """The ledger as a checkpoint after `step` keeps it, JSON lines; the capture log is on disk when it returns.
@@ -146,8 +153,9 @@ class Coordinator:
                     f"{self._ledger.last_step}, not all of them the next"
                 )
             self._raise_error()
-            self._drain()
-            self._log.sync()
+            if self._summary is None:  # after `finish` the log is complete and closed
+                self._drain()
+                self._log.sync()
             return self._ledger.text(step)
 
     def progress(self) -> Progress:
@@ -245,6 +253,7 @@ class Coordinator:
             num_encoded += 1
         with self._changed:
             if self._schedule.is_complete and not self._sealed:
+                self._schedule.check_usable()
                 self._table.seal()
                 self._sealed = True
         return bool(num_drained or jobs or num_encoded)

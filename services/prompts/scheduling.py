@@ -31,6 +31,10 @@ MAX_ATTEMPTS = 5
 """Tries of one capture without a commit before its uses are skipped: a prompt that fails on every target it meets must
 not hold the run up for ever. The shard itself has tried other targets within each of them."""
 
+MAX_GIVEN_UP_IN_A_ROW = 32
+"""Captures given up with none committed between them before the run ends: then it is not the prompts. A buffer that is
+too small for any sample would otherwise pass over the whole plan."""
+
 ALREADY_RESIDENT = "already resident"
 """Reason of the table's outcome for a job whose sample it holds: nothing was captured."""
 
@@ -84,6 +88,7 @@ class Schedule:
         self._retrying: dict[int, tuple[int, str]] = {}  # capture → (last attempt, why it is made again)
         self._reasons: dict[int, str] = {}
         self._failures: dict[int, int] = {}
+        self._given_up_in_a_row = 0
         self._staged: deque[CaptureJob] = deque()
         self._in_flight: dict[int, int] = {}  # capture → attempt
         self._good_uses = 0
@@ -169,12 +174,14 @@ class Schedule:
             a target made it.
 
         Raises:
-            ReplayError: Deterministic mode: a capture failed for good that a granted step names.
+            ReplayError: `MAX_GIVEN_UP_IN_A_ROW` captures failed for good, or, in deterministic mode, one that a granted
+                step names.
         """
         capture = outcome.capture
         expected = self._in_flight.get(capture)
         if outcome.kind == "committed":
             # The shard counts tries on by itself, so a newer attempt than was pushed is the pushed one.
+            self._given_up_in_a_row = 0
             if expected is not None and outcome.attempt >= expected:
                 del self._in_flight[capture]
                 self._failures.pop(capture, None)
@@ -194,6 +201,11 @@ class Schedule:
             tries = f" after {failures} tries" if outcome.retry else ""
             self._pushed_uses -= self._num_open(capture)
             self._give_up(capture, SKIPPED_FAILED, f"{outcome.reason}{tries}")
+            self._given_up_in_a_row += 1
+            if self._given_up_in_a_row == MAX_GIVEN_UP_IN_A_ROW:
+                raise ReplayError(
+                    f"{MAX_GIVEN_UP_IN_A_ROW} captures in a row failed for good, the last one because: {outcome.reason}"
+                )
         return None
 
     @property
@@ -226,6 +238,15 @@ class Schedule:
             if lease is not None or not self.ended:
                 return lease
         return StepLease(step=step, num_micro_batches=0)
+
+    def check_usable(self) -> None:
+        """Raise if nothing of the plan is left to train and nothing was trained.
+
+        Raises:
+            PromptError: It says why the uses were skipped.
+        """
+        if self._exhausted and self._good_uses == 0 and self._ledger.num_trained == 0:
+            raise PromptError(f"not one conversation of the plan can be trained on: {self._skipped_text()}")
 
     def stop(self) -> None:
         """Grant no further step; what granted steps need is still captured."""
@@ -287,8 +308,7 @@ class Schedule:
             return self._lease(step, settings.accumulation, settings.uses_per_step)
         if not self._exhausted:
             return None
-        if self._good_uses == 0 and self._ledger.num_trained == 0:
-            raise PromptError(f"not one conversation of the plan can be trained on: {self._skipped_text()}")
+        self.check_usable()
         if settings.tail == "pad" and available > 0:
             return self._lease(step, -(-available // settings.uses_per_round), available)
         self.ended = END_EXHAUSTED
