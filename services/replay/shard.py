@@ -134,8 +134,7 @@ class ReplayShard:
                 try:
                     self._dispatch_one(pool)
                 except (ReplayUnavailableError, TableLostError) as error:
-                    self._event("redis", f"the replay buffer is away: {error}")
-                    self._reattach()
+                    self._reattach(error)
         finally:
             self._stop.set()
             self._targets.close()
@@ -162,15 +161,21 @@ class ReplayShard:
             self._table.set_generation(self._generation)
         self._work.expire(math.inf)
 
-    def _reattach(self) -> None:
-        deadline = time.monotonic() + RECONNECT_S
+    def _reattach(self, cause: ReplayUnavailableError | TableLostError) -> None:
+        """Wait until Redis is back, and make the table anew if it came back empty."""
+        logger.warning("the replay buffer is away: %s", cause)
+        began = time.monotonic()
         while not self._stop.wait(TARGET_POLL_S):
             try:
+                is_lost = self._table.incarnation() is None
                 self._attach()
-                return
             except ReplayUnavailableError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > began + RECONNECT_S:
                     raise
+                continue
+            what = "empty: what it held is captured again" if is_lost else "with all it held"
+            self._event("redis", f"Redis is back after {time.monotonic() - began:.1f} s, {what}")
+            return
 
     def _dispatch_one(self, pool: ThreadPoolExecutor) -> None:
         self._keep_house()

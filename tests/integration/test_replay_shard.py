@@ -1,0 +1,615 @@
+"""The shard from work queue to tensors: fake targets for faults, a real gRPC target for the bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from services.checksum import crc32c
+from services.contracts import CaptureJob, Chunk, SampleLease, TableSignature, TargetDescription, WireDtype
+from services.errors import (
+    CaptureRequestError,
+    DeadlineError,
+    FeatureError,
+    ReplayUnavailableError,
+    SignatureError,
+    TargetUnavailableError,
+    UnknownSampleError,
+    WireError,
+)
+from services.replay import shard as shard_module
+from services.replay.config import ReplayConfig
+from services.replay.connect import Client, connect
+from services.replay.embedded import EmbeddedRedis
+from services.replay.reader import ReplayReader
+from services.replay.registry import TargetRegistry
+from services.replay.shard import ReplayShard
+from services.replay.table import RedisTable
+from services.replay.targets import CaptureClient
+from services.replay.work import WorkQueue
+from services.telemetry import TelemetryReader
+
+SIGNATURE = TableSignature(fingerprint="f", layer_ids=(0, 2), hidden_size=4, dtype="bf16")
+"""16 bytes a context row, 8 bytes a last row."""
+
+PREFIX = "run"
+TOKENS = 5
+JOB_BYTES = TOKENS * 16 + 2 * 8
+WAIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.start(tmp_path_factory.mktemp("redis"), 10_000_000) as running:
+        yield running
+
+
+@pytest.fixture
+def client(embedded: EmbeddedRedis) -> Iterator[Client]:
+    client = connect(embedded.url)
+    yield client
+    client.flushdb()
+
+
+def make_job(capture: int, *, reuse: int = 1, tokens: int = TOKENS) -> CaptureJob:
+    return CaptureJob(
+        capture=capture,
+        prompt=capture,
+        epoch=0,
+        reuse=reuse,
+        input_ids=tuple(range(capture, capture + tokens)),
+        loss_mask=(0,) * (tokens - 3) + (1, 1, 1),
+        last_rows=(tokens - 3, tokens - 2),
+    )
+
+
+def features(job: CaptureJob) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the fake target answers: context [T, 8] and last rows [2, 4], different for each capture."""
+    context = torch.arange(job.num_tokens * 8).reshape(-1, 8) + 1000 * job.capture
+    last = torch.arange(2 * 4).reshape(2, 4) - 1000 * job.capture
+    return context.to(torch.bfloat16), last.to(torch.bfloat16)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT_S} s"
+        time.sleep(0.005)
+
+
+class FakeTarget:
+    """One target process. `fault` is called before each chunk with the job and the chunk's index."""
+
+    def __init__(self, *, fingerprint: str = "f", fault: Callable[[CaptureJob, int], None] | None = None) -> None:
+        self.fingerprint = fingerprint
+        self.fault = fault
+        self.asked: list[tuple[int, int]] = []
+        self.num_open = 0
+        self.lock = threading.Lock()
+
+    def connect(self) -> CaptureClient:
+        return FakeClient(self)
+
+
+class FakeClient:
+    def __init__(self, target: FakeTarget) -> None:
+        self.target = target
+        self.is_closed = False
+
+    def describe(self, timeout_s: float) -> TargetDescription:
+        return TargetDescription(
+            model_name="fake",
+            fingerprint=self.target.fingerprint,
+            num_layers=4,
+            hidden_size=4,
+            vocab_size=100,
+            dtype="bfloat16",
+            max_tokens=100,
+            engine="fake",
+        )
+
+    def capture(
+        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+    ) -> Iterator[tuple[Chunk, memoryview]]:
+        assert (tuple(layer_ids), wire_dtype) == ((0, 2), "bf16")
+        with self.target.lock:
+            self.target.asked.append((job.capture, job.attempt))
+        context, last = (tensor.view(torch.uint8).numpy().tobytes() for tensor in features(job))
+        rows = chunk_bytes // 16
+        pieces = [
+            ("context", row, min(row + rows, job.num_tokens), context, 16) for row in range(0, job.num_tokens, rows)
+        ]
+        pieces.append(("last", 0, 2, last, 8))
+        for index, (tensor, start, end, data, row_bytes) in enumerate(pieces):
+            if self.target.fault is not None:
+                self.target.fault(job, index)
+            if self.is_closed:
+                raise TargetUnavailableError("the client was closed")
+            payload = data[start * row_bytes : end * row_bytes]
+            chunk = Chunk(tensor=tensor, row_start=start, row_end=end, num_bytes=len(payload), crc32c=crc32c(payload))
+            yield chunk, memoryview(payload)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Setup:
+    """A shard with its queue, targets and reader; `running` runs it in a thread."""
+
+    def __init__(
+        self, embedded: EmbeddedRedis, client: Client, targets: dict[str, FakeTarget], **config: object
+    ) -> None:
+        settings = {"capacity": 4 * JOB_BYTES, "chunk": 64, "pulls": 3, "lease_s": WAIT_S, **config}
+        self.config = ReplayConfig.model_validate(settings)
+        self.targets = targets
+        self.url = embedded.url
+        self.work = WorkQueue(client, PREFIX)
+        self.table = RedisTable(client, PREFIX)
+        self.registry = TargetRegistry(client, PREFIX)
+        self.reader = ReplayReader(embedded.url, PREFIX, SIGNATURE)
+        self.telemetry = TelemetryReader(client, PREFIX)
+        self.registry.publish(list(targets), time.time() + 1000)
+        self.shard = self.new_shard()
+
+    def new_shard(self) -> ReplayShard:
+        return ReplayShard(
+            self.url, PREFIX, self.config, SIGNATURE, connect_target=lambda address: self.targets[address].connect()
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.shard.run()
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.shard.stop()
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "the shard did not stop"
+        if failures:
+            raise failures[0]
+
+    def lease(self, count: int = 1, **options: object) -> list[SampleLease]:
+        return self.reader.lease(
+            rank=0,
+            generation=0,
+            count=count,
+            lease_s=WAIT_S,
+            **{"timeout_s": WAIT_S, **options},  # type: ignore[arg-type]
+        )
+
+    def outcomes(self, count: int) -> list[tuple[int, int, str]]:
+        """The next outcomes, waiting until there are so many."""
+        found: list[tuple[int, int, str]] = []
+        self.reasons: list[str] = []
+
+        def drain() -> bool:
+            for outcome in self.table.drain_outcomes():
+                found.append((outcome.capture, outcome.attempt, outcome.kind))
+                self.reasons.append(outcome.reason)
+            return len(found) >= count
+
+        wait_until(drain, f"{count} outcomes")
+        return sorted(found)
+
+
+def test_sample_arrives_as_it_left_the_target(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(3))
+        (lease,) = setup.lease()
+        sample = setup.reader.fetch(lease)
+        assert setup.outcomes(1) == [(3, 0, "committed")]
+        setup.reader.ack([lease], 0)
+        with pytest.raises(UnknownSampleError, match="chunk 0 of capture 3 is not in the replay buffer"):
+            setup.reader.fetch(lease)
+    context, last = features(make_job(3))
+    assert torch.equal(sample.context, context)
+    assert torch.equal(sample.last, last)
+    assert (sample.context.dtype, sample.last.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert sample.input_ids.tolist() == [3, 4, 5, 6, 7]
+    assert sample.loss_mask.tolist() == [0, 0, 1, 1, 1]
+    assert sample.last_rows.tolist() == [2, 3]
+    assert lease.sample.target == "a"
+    assert [(chunk.tensor, chunk.row_start, chunk.row_end) for chunk in lease.sample.chunks] == [
+        *(("context", 0, 4), ("context", 4, 5), ("last", 0, 2)),
+    ]
+    stats = setup.shard.stats()
+    assert (stats.num_captured, stats.num_tokens, stats.num_bytes, stats.num_in_flight) == (1, 5, JOB_BYTES, 0)
+    assert setup.table.info().resident_bytes == 0
+
+
+def test_full_buffer_waits_and_loses_nothing(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget(), "b": FakeTarget()}, reuse=2)
+    setup.table.create(setup.config.capacity, SIGNATURE, 2)
+    for capture in range(30):
+        setup.work.push(make_job(capture, reuse=2))
+    seen: list[int] = []
+    with setup.running():
+        wait_until(lambda: setup.table.info().num_ready == 4, "a full buffer")
+        wait_until(lambda: setup.work.size() == 25, "a job at the head of the line")
+        while len(seen) < 60:
+            leases = setup.lease(2)
+            for lease in leases:
+                sample = setup.reader.fetch(lease)
+                assert torch.equal(sample.context, features(lease.sample.job)[0])
+            setup.reader.ack(leases, 0)
+            seen += [lease.use for lease in leases]
+    info = setup.table.info()
+    assert sorted(seen) == list(range(60))
+    assert info.peak_bytes == 4 * JOB_BYTES == info.capacity_bytes
+    assert (info.resident_bytes, info.inserts, info.samples, info.deletes) == (0, 30, 60, 30)
+    assert setup.shard.stats().full_wait_s > 0
+    assert {target.asked[0][1] for target in setup.targets.values()} == {0}  # both had work
+    assert client.keys("run:chunk:*") == []
+
+
+def test_named_captures_are_waited_for_in_plan_order(embedded: EmbeddedRedis, client: Client) -> None:
+    """Later captures can never fill the buffer while the head of the line waits."""
+    setup = Setup(embedded, client, {"a": FakeTarget()}, pulls=8)
+    for capture in range(20):
+        setup.work.push(make_job(capture))
+    with setup.running():
+        for first in range(0, 20, 2):
+            leases = setup.lease(captures=[first + 1, first])
+            assert [lease.sample.job.capture for lease in leases] == [first + 1, first]
+            setup.reader.ack(leases, 0)
+
+
+def test_dead_target_mid_stream_costs_an_attempt_and_keeps_its_space(embedded: EmbeddedRedis, client: Client) -> None:
+    """The buffer is full of captures in flight: one that had to be admitted again would wait for ever."""
+    entered, die = threading.Semaphore(0), threading.Event()
+
+    def dies(job: CaptureJob, index: int) -> None:
+        if index == 1:
+            entered.release()
+            assert die.wait(WAIT_S)
+            raise TargetUnavailableError("connection reset")
+
+    dead, alive = FakeTarget(fault=dies), FakeTarget()
+    setup = Setup(embedded, client, {"dead": dead}, pulls=4)
+    setup.targets["alive"] = alive
+    for capture in range(6):
+        setup.work.push(make_job(capture))
+    with setup.running():
+        for _ in range(4):
+            assert entered.acquire(timeout=WAIT_S)
+        assert setup.table.info().num_inserting == 4
+        setup.registry.publish(["dead", "alive"], time.time() + 1000)
+        die.set()
+        for _ in range(6):
+            (lease,) = setup.lease()
+            assert torch.equal(setup.reader.fetch(lease).context, features(lease.sample.job)[0])
+            assert lease.sample.target == "alive"
+            setup.reader.ack([lease], 0)
+        outcomes = setup.outcomes(6)
+    assert [(capture, kind) for capture, _, kind in outcomes] == [(capture, "committed") for capture in range(6)]
+    assert [attempt for _, attempt, _ in outcomes[:4]] == [1, 1, 1, 1]
+    assert setup.table.info().peak_bytes == 4 * JOB_BYTES
+    assert setup.shard.stats().num_retries >= 4
+    assert client.keys("run:chunk:*") == []
+
+
+def test_bad_checksum_is_captured_again(
+    embedded: EmbeddedRedis, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = shard_module.verify
+    spoiled: list[bytes] = []
+
+    def spoil_once(chunk: Chunk, payload: memoryview) -> None:
+        if not spoiled and chunk.tensor == "last":
+            spoiled.append(bytes(payload))
+            payload = memoryview(bytes([payload[0] ^ 1]) + bytes(payload[1:]))
+        plain(chunk, payload)
+
+    monkeypatch.setattr(shard_module, "verify", spoil_once)
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0))
+        (lease,) = setup.lease()
+        assert lease.sample.job.attempt == 1
+        assert torch.equal(setup.reader.fetch(lease).last, features(make_job(0))[1])
+    assert setup.targets["a"].asked == [(0, 0), (0, 1)]
+    assert any("checksum" in record["message"] for record in setup.telemetry.read())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CaptureRequestError("120 tokens are more than max_tokens 100"), FeatureError("row 3 holds NaN")],
+    ids=["request", "features"],
+)
+def test_capture_that_cannot_work_is_skipped_with_its_reason(
+    embedded: EmbeddedRedis, client: Client, error: Exception
+) -> None:
+    def refuse(job: CaptureJob, index: int) -> None:
+        if job.capture == 0:
+            raise error
+
+    setup = Setup(embedded, client, {"a": FakeTarget(fault=refuse)})
+    with setup.running():
+        for capture in (0, 1):
+            setup.work.push(make_job(capture))
+        assert setup.outcomes(2) == [(0, 0, "failed"), (1, 0, "committed")]
+        assert str(error) in setup.reasons
+    assert setup.targets["a"].asked.count((0, 0)) == 1
+    assert setup.shard.stats().num_failed == 1
+    assert setup.table.info().resident_bytes == JOB_BYTES
+
+
+def test_capture_larger_than_the_buffer_is_skipped_with_its_reason(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0, tokens=24))
+        setup.work.push(make_job(1))
+        assert setup.outcomes(2) == [(0, 0, "failed"), (1, 0, "committed")]
+        assert any("24 tokens needs 400 bytes" in reason for reason in setup.reasons)
+
+
+def test_capture_that_breaks_every_target_fails_in_the_end(
+    embedded: EmbeddedRedis, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "MOST_TRIES", 3)
+
+    def garble(job: CaptureJob, index: int) -> None:
+        raise WireError("rows are missing")
+
+    setup = Setup(embedded, client, {"a": FakeTarget(fault=garble)})
+    with setup.running():
+        setup.work.push(make_job(0))
+        assert setup.outcomes(1) == [(0, 2, "failed")]
+        assert setup.reasons == ["3 tries failed, the last one with: rows are missing"]
+    assert setup.targets["a"].asked == [(0, 0), (0, 1), (0, 2)]
+    assert setup.table.info().resident_bytes == 0
+
+
+def test_capture_waits_for_a_target_and_is_given_up_for_a_retry(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {}, lease_s=0.2)
+    with setup.running():
+        setup.work.push(make_job(0))
+        assert setup.outcomes(1) == [(0, 0, "failed")]
+        assert setup.reasons == ["no target answered for 0.2 s"]
+    assert setup.table.info().resident_bytes == 0
+
+
+def test_target_of_other_weights_is_never_used(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget(fingerprint="other"), "b": FakeTarget()})
+    with setup.running():
+        for capture in range(4):
+            setup.work.push(make_job(capture))
+        assert [kind for _, _, kind in setup.outcomes(4)] == ["committed"] * 4
+    assert setup.targets["a"].asked == []
+
+
+def test_captures_fail_when_every_target_has_other_weights(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget(fingerprint="other")})
+    with setup.running():
+        setup.work.push(make_job(0))
+        ((capture, _, kind),) = setup.outcomes(1)
+        assert (capture, kind) == (0, "failed")
+        assert "has fingerprint other" in setup.reasons[0]
+
+
+def test_new_shard_takes_over_what_a_dead_one_had_taken(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    setup.table.create(setup.config.capacity, SIGNATURE, 1)
+    jobs = [make_job(capture) for capture in range(4)]
+    for job in jobs:
+        setup.work.push(job)
+        setup.work.take(time.time(), 1e6)
+        setup.table.admit(job, JOB_BYTES, time.time())
+    setup.table.put_chunk(jobs[0], 0, bytes(64))
+    assert setup.table.info().num_inserting == 4
+    with setup.running():
+        assert setup.outcomes(4) == [(capture, 1, "committed") for capture in range(4)]
+        (lease,) = setup.lease(captures=[0])
+        assert torch.equal(setup.reader.fetch(lease).context, features(jobs[0])[0])
+    assert setup.table.info().resident_bytes == 4 * JOB_BYTES
+
+
+def test_stopped_shard_leaves_its_captures_to_the_next_one(embedded: EmbeddedRedis, client: Client) -> None:
+    entered = threading.Event()
+
+    def hang(job: CaptureJob, index: int) -> None:
+        if index == 1 and job.attempt == 0:
+            entered.set()
+            wait_until(lambda: setup.shard._stop.is_set(), "the stop")
+
+    setup = Setup(embedded, client, {"a": FakeTarget(fault=hang)})
+    setup.work.push(make_job(0))
+    with setup.running():
+        assert entered.wait(WAIT_S)
+    assert setup.table.drain_outcomes() == []
+    setup.shard = setup.new_shard()
+    with setup.running():
+        assert setup.outcomes(1) == [(0, 1, "committed")]
+
+
+def test_shard_makes_the_table_anew_after_redis_restarted_empty(tmp_path: Path) -> None:
+    with EmbeddedRedis.start(tmp_path, 10_000_000) as running:
+        client = connect(running.url)
+        setup = Setup(running, client, {"a": FakeTarget()})
+        with setup.running():
+            setup.work.push(make_job(0))
+            setup.lease()
+            setup.table.set_generation(4)
+            incarnation = setup.table.incarnation()
+            wait_until(lambda: setup.shard._generation == 4, "the shard's look at the generation")
+            (server,) = psutil.Process(running.pid).children()
+            os.kill(server.pid, 9)
+
+            def made_anew() -> bool:
+                try:
+                    return setup.table.incarnation() not in (None, incarnation)
+                except ReplayUnavailableError:
+                    return False
+
+            wait_until(made_anew, "a new table")
+            wait_until(lambda: setup.table.generation() == 4, "the generation")
+            setup.registry.publish(["a"], time.time() + 1000)
+            setup.work.push(make_job(0))
+            (lease,) = setup.reader.lease(rank=0, generation=4, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+            assert torch.equal(setup.reader.fetch(lease).context, features(make_job(0))[0])
+        (record,) = setup.telemetry.read()
+        assert (record["kind"], record["event"]) == ("event", "redis")
+        assert "empty: what it held is captured again" in record["message"]
+
+
+def test_table_of_another_signature_ends_the_shard(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {})
+    setup.table.create(1000, SIGNATURE.model_copy(update={"fingerprint": "other"}), 1)
+    with pytest.raises(SignatureError, match="other"):
+        setup.shard.run()
+    with pytest.raises(SignatureError, match="this reader expects"):
+        setup.lease()
+
+
+def test_lease_that_is_not_ready_in_time_says_what_it_waited_for(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {})
+    setup.table.create(1000, SIGNATURE, 1)
+    with pytest.raises(DeadlineError, match=r"2 samples were not ready .* after 0.05 s: 0 ready, 0 leased, 0 being"):
+        setup.lease(2, timeout_s=0.05)
+    with pytest.raises(DeadlineError, match=r"captures \[7\] were not ready"):
+        setup.lease(captures=[7], timeout_s=0.0)
+    cancelled = threading.Event()
+    cancelled.set()
+    assert setup.lease(cancelled=cancelled) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tensor", ["context", "last"])
+def test_features_that_are_not_finite_are_refused(
+    embedded: EmbeddedRedis, client: Client, value: float, tensor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, last = features(make_job(0))
+    (context if tensor == "context" else last)[1, 3] = value
+    monkeypatch.setattr(__import__(__name__), "features", lambda job: (context, last))
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0))
+        (lease,) = setup.lease()
+        with pytest.raises(FeatureError, match=r"of capture 0 from target a: 1 of \d rows hold NaN or infinity"):
+            setup.reader.fetch(lease)
+
+
+def test_chunk_of_another_length_is_refused(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0))
+        (lease,) = setup.lease()
+        client.set("run:chunk:0:0:1", b"short")
+        with pytest.raises(WireError, match="chunk 1 of capture 0 has 5 bytes, rows 4 to 5 of context need 16"):
+            setup.reader.fetch(lease)
+
+
+def test_released_lease_can_be_had_again(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0))
+        first = setup.lease()
+        setup.reader.release(first, 0)
+        (again,) = setup.lease()
+        assert again.use == first[0].use
+    setup.reader.close()
+
+
+@pytest.fixture(scope="module")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("target")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_real_target_over_grpc_gives_its_own_hidden_states(
+    embedded: EmbeddedRedis, client: Client, tiny_target: Path
+) -> None:
+    from transformers import Qwen3ForCausalLM
+
+    from services.models import read_shape
+    from services.target.config import TargetConfig
+    from services.target.engine import TransformersEngine
+    from services.target.server import serve
+
+    signature = TableSignature(
+        fingerprint=read_shape(tiny_target).fingerprint, layer_ids=(2, -1, 0), hidden_size=16, dtype="fp32"
+    )
+    generator = torch.Generator().manual_seed(0)
+    jobs = [
+        CaptureJob(
+            capture=capture,
+            prompt=capture,
+            epoch=0,
+            input_ids=tuple(torch.randint(50, (length,), generator=generator).tolist()),
+            loss_mask=(1,) * length,
+            last_rows=tuple(range(0, length - 1, 2)),
+        )
+        for capture, length in enumerate([5, 65, 33, 9, 21, 64])
+    ]
+    target_config = TargetConfig(model=str(tiny_target), dtype="float32", num_gpus=0, threads=1)
+    server = serve(TransformersEngine(target_config), target_config)
+    config = ReplayConfig.model_validate({"capacity": "40KB", "chunk": 1024, "pulls": 3, "lease_s": WAIT_S})
+    shard = ReplayShard(embedded.url, PREFIX, config, signature)
+    table, work = RedisTable(client, PREFIX), WorkQueue(client, PREFIX)
+    reader = ReplayReader(embedded.url, PREFIX, signature)
+    TargetRegistry(client, PREFIX).publish([server.address], time.time() + 1000)
+    for job in jobs:
+        work.push(job)
+    thread = threading.Thread(target=shard.run)
+    thread.start()
+    samples = {}
+    try:
+        for _ in range(5):
+            leases = reader.lease(rank=0, generation=0, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+            sample = reader.fetch(leases[0])
+            samples[sample.lease.sample.job.capture] = sample
+            reader.ack(leases, 0)
+        wait_until(lambda: work.size() == 0 and table.info().num_inserting == 0, "the end of the work")
+    finally:
+        shard.stop()
+        thread.join(WAIT_S)
+        server.stop()
+    assert not thread.is_alive()
+
+    model = Qwen3ForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    for job in (jobs[0], *jobs[2:]):
+        sample = samples[job.capture]
+        with torch.no_grad():
+            hidden = model(torch.tensor([job.input_ids]), output_hidden_states=True).hidden_states
+        wanted = torch.cat([hidden[layer + 1][0] for layer in (2, -1, 0)], dim=-1)
+        torch.testing.assert_close(sample.context, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample.last, hidden[-1][0, list(job.last_rows)], rtol=1e-4, atol=1e-4)
+        assert sample.input_ids.tolist() == list(job.input_ids)
+    outcomes = {outcome.capture: outcome for outcome in table.drain_outcomes()}
+    assert [outcomes[capture].kind for capture in range(6)] == ["committed", "failed", *["committed"] * 4]
+    assert not outcomes[1].retry
+    assert "65 tokens are more than this target's max_tokens 64" in outcomes[1].reason
+    assert table.info().peak_bytes <= 40_000
