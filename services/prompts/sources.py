@@ -102,13 +102,12 @@ class _LibraryItems(ConversationItems):
 def _load_stdlib(split: Split) -> Conversations:
     named: list[tuple[str, Conversation]] = []
     digest = hashlib.sha256()
-    for function in library_functions():
-        if function.split == split:
-            conversation: Conversation = [
-                {"role": turn["role"], "content": turn["content"]} for turn in function.conversation()
-            ]
-            named.append((function.name, conversation))
-            digest.update(json.dumps([function.name, conversation]).encode())
+    for function in library_functions(split=split):
+        conversation: Conversation = [
+            {"role": turn["role"], "content": turn["content"]} for turn in function.conversation()
+        ]
+        named.append((function.name, conversation))
+        digest.update(json.dumps([function.name, conversation]).encode())
     if not named:
         raise PromptError("this Python has no sources of its standard library: give prompts.source a JSONL file")
     return Conversations(_LibraryItems(named), [], digest.hexdigest()[:32])

@@ -46,19 +46,25 @@ class LibraryFunction(NamedTuple):
     @property
     def split(self) -> Split:
         """The part that the function's whole module belongs to."""
-        digest = hashlib.sha256(self.module.encode()).digest()
-        return "heldout" if digest[0] % HELDOUT_ONE_IN == 0 else "train"
+        return split_of(self.module)
 
     def conversation(self) -> list[dict[str, str]]:
         """The function as a chat: the user gives its beginning, the assistant completes it."""
         return [{"role": "user", "content": self.given}, {"role": "assistant", "content": self.rest}]
 
 
-def library_functions(root: Path | None = None) -> Iterator[LibraryFunction]:
+def split_of(module: str) -> Split:
+    """The part that a module belongs to, the same on every machine."""
+    digest = hashlib.sha256(module.encode()).digest()
+    return "heldout" if digest[0] % HELDOUT_ONE_IN == 0 else "train"
+
+
+def library_functions(root: Path | None = None, *, split: Split | None = None) -> Iterator[LibraryFunction]:
     """Yield the functions and methods of the standard library in a fixed order.
 
     Args:
         root: Folder to read; the running Python's own standard library by default.
+        split: Only the modules of this part; None is both.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -66,6 +72,8 @@ def library_functions(root: Path | None = None) -> Iterator[LibraryFunction]:
         if SKIPPED_FOLDERS.intersection(relative.parts[:-1]):
             continue
         module = ".".join(relative.with_suffix("").parts)
+        if split not in (None, split_of(module)):
+            continue
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)

@@ -269,6 +269,32 @@ def test_hopeless_capture_is_skipped_at_once_and_replaced():
     assert pump(schedule) == [4]
 
 
+def test_retry_takes_its_own_place_within_max_steps():
+    schedule, _ = make(10, max_steps=1)
+    assert pump(schedule) == [0, 1, 2, 3]
+    fail(schedule, 2, retry=True)
+    assert not schedule.is_complete
+    assert pump(schedule) == [2]
+    assert pump(schedule) == []
+
+
+def test_tail_to_be_dropped_fills_in_for_captures_given_up():
+    schedule, _ = make(7, tail="drop")
+    assert pump(schedule) == [0, 1, 2, 3]
+    grant(schedule, 1)
+    for capture in range(4):
+        fail(schedule, capture, retry=False)
+    assert pump(schedule) == [4, 5, 6]
+
+
+def test_uses_that_a_rank_has_reported_are_not_captured_again():
+    schedule, _ = make(4, reuse=3)
+    pump(schedule)
+    grant(schedule, 1)
+    report(schedule, 1, (0, 4))  # the other rank has not reported yet
+    assert [schedule.remaining_ks(capture) for capture in (0, 1, 2)] == [(1, 2), (0, 2), (0, 1, 2)]
+
+
 def test_lost_sample_is_captured_again():
     schedule, _ = make()
     pump(schedule)
