@@ -11,7 +11,7 @@ import ray
 
 from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
-from trainer.cluster import start_actor
+from trainer.cluster import Part, result_of, start_part
 from trainer.recipe import Recipe
 
 
@@ -25,7 +25,7 @@ class Evaluations:
         self._recipe = recipe
         self._log = log
         self._reports = {report.label: report for report in _read(log)}
-        self._evaluator: Any = None
+        self._evaluator: Part | None = None
         self._pending: dict[Any, str] = {}
 
     @property
@@ -47,10 +47,10 @@ class Evaluations:
             return
         config = self._recipe.evaluation
         if self._evaluator is None:
-            self._evaluator = start_actor(
+            self._evaluator = start_part(
                 EvaluatorActor, self._recipe.target.model, prompts(config.max_samples), config, num_gpus=config.num_gpus
             )
-        self._pending[self._evaluator.evaluate.remote(str(checkpoint), checkpoint.name)] = checkpoint.name
+        self._pending[self._evaluator.actor.evaluate.remote(str(checkpoint), checkpoint.name)] = checkpoint.name
 
     def collect(self, *, timeout_s: float = 0.0) -> list[Report]:
         """Results that have come in since the last call; waits up to `timeout_s` for the first."""
@@ -60,7 +60,7 @@ class Evaluations:
         reports = []
         for future in done:
             self._pending.pop(future)
-            report: Report = ray.get(future)
+            report: Report = result_of(future)
             self._reports[report.label] = report
             with self._log.open("a") as log:
                 log.write(report.model_dump_json() + "\n")
@@ -75,7 +75,7 @@ class Evaluations:
     def close(self) -> None:
         """End the evaluator."""
         if self._evaluator is not None:
-            ray.kill(self._evaluator)
+            ray.kill(self._evaluator.actor)
             self._evaluator = None
 
 

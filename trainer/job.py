@@ -29,7 +29,7 @@ from services.replay.table import RedisTable
 from services.target.pool import TargetPool
 from services.telemetry import TelemetryReader
 from trainer.checkpoint import checkpoint_step, latest_checkpoint
-from trainer.cluster import ray_cluster, start_actor, wait_placed
+from trainer.cluster import Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
 from trainer.evaluations import Evaluations
 from trainer.observer import Observer
@@ -125,7 +125,7 @@ class Job:
         self._registry = TargetRegistry(self._redis, table_prefix(output))
         self._pool = TargetPool(self._recipe.target, self._publish_targets)
         self._evaluations = Evaluations(self._recipe, output.evaluations)
-        self._actors: list[Any] = []
+        self._parts: list[Part] = []
         self._results: dict[int, TrainResult] = {}
 
     def __enter__(self) -> Self:
@@ -133,8 +133,8 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         self._evaluations.close()
-        for actor in reversed(self._actors):
-            ray.kill(actor)
+        for part in reversed(self._parts):
+            ray.kill(part.actor)
         self._pool.stop()
         self._table.destroy()
 
@@ -144,16 +144,16 @@ class Job:
         self._console.phase("starting target, replay shard, coordinator and trainer")
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
         self._table.create(recipe.replay.capacity, signature, recipe.replay.reuse)
+        self._table.set_generation(self._output.attempt)
         self._pool.start()
         self._coordinator = self._start_coordinator()
         shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
         ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
-        wait_placed([self._coordinator, shard], "coordinator and replay shard")
-        wait_placed(ranks, "trainer ranks")
+        wait_started(self._parts)
         self._pool.wait_ready(LOAD_DEADLINE_S)
         self._check_target()
         self._shard_run = shard.run.remote()
-        store = ray.get(ranks[0].open_store.remote(), timeout=ANSWER_DEADLINE_S)
+        store = result_of(ranks[0].open_store.remote(), timeout_s=ANSWER_DEADLINE_S)
         self._training = {actor.train.remote(store): rank for rank, actor in enumerate(ranks)}
         self._observer = Observer(
             self._console,
@@ -172,7 +172,7 @@ class Job:
         while self._training:
             done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
             for future in done:
-                result = ray.get(future)
+                result = result_of(future)
                 if future == self._shard_run:
                     raise SlipstreamError("the replay shard ended before training did")
                 self._results[self._training.pop(future)] = result
@@ -188,7 +188,7 @@ class Job:
         if not self._training:
             return
         self._console.say("stopping after this step; press Ctrl-C again to stop at once")
-        ray.get(self._coordinator.stop_granting.remote(), timeout=ANSWER_DEADLINE_S)
+        result_of(self._coordinator.stop_granting.remote(), timeout_s=ANSWER_DEADLINE_S)
         ray.wait(list(self._training), num_returns=len(self._training), timeout=STOP_DEADLINE_S)
 
     def finish(self) -> Summary:
@@ -201,7 +201,7 @@ class Job:
         self._console.phase("decoding held-out prompts with the trained drafter")
         while not self._evaluations.is_idle:
             self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
-        ledger = ray.get(self._coordinator.finish.remote(), timeout=ANSWER_DEADLINE_S)
+        ledger = result_of(self._coordinator.finish.remote(), timeout_s=ANSWER_DEADLINE_S)
         progress, result, buffer = self._observer.progress(), self._results[0], self._table.info()
         start, end = self._evaluations.report(self._output.path / "step_0"), self._evaluations.report(newest)
         summary = Summary(
@@ -231,9 +231,9 @@ class Job:
         return summary
 
     def _start(self, cls: type, *args: Any, **options: Any) -> Any:
-        actor = start_actor(cls, *args, **options)
-        self._actors.append(actor)
-        return actor
+        part = start_part(cls, *args, **options)
+        self._parts.append(part)
+        return part.actor
 
     def _start_coordinator(self) -> Any:
         recipe, trainer = self._recipe, self._recipe.trainer

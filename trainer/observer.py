@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
+from evaluation.report import Report
+from services.contracts import Event
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
 from services.telemetry import TelemetryReader
-
-from evaluation.report import Report
-from services.contracts import Event
-from services.errors import DeadlineError
+from trainer.cluster import result_of
 from trainer.console import RunConsole, RunState
 
 PROGRESS_S = 1.0
@@ -81,10 +79,7 @@ class Observer:
         Raises:
             DeadlineError: It does not answer.
         """
-        try:
-            progress: Progress = ray.get(self._coordinator.progress.remote(), timeout=ANSWER_DEADLINE_S)
-        except ray.exceptions.GetTimeoutError as error:
-            raise DeadlineError(f"the coordinator did not answer within {ANSWER_DEADLINE_S:g} s") from error
+        progress: Progress = result_of(self._coordinator.progress.remote(), timeout_s=ANSWER_DEADLINE_S)
         return progress
 
     def _remember(self, records: list[dict[str, Any]]) -> None:

@@ -139,6 +139,7 @@ def heldout_loss(model: Qwen3ForCausalLM, rows: torch.Tensor) -> float:
 
 
 def main() -> None:
+    """Train, or go on training, and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--state", type=Path, required=True, help="folder for the state to resume from and the curve")
