@@ -84,7 +84,7 @@ class ReplayReader:
         Args:
             rank: Who leases.
             generation: Of the trainer group.
-            count: How many uses. A sealed table may give fewer.
+            count: How many uses. A sealed table may give fewer, or none once everything is leased.
             lease_s: The leases end by themselves this much later.
             timeout_s: Longest wait.
             captures: Lease exactly these, in this order; `count` is then ignored.
@@ -109,6 +109,8 @@ class ReplayReader:
                     lease_s=lease_s,
                     captures=captures,
                 )
+                if not leases and captures is None and self._is_exhausted():
+                    return []
             except (ReplayUnavailableError, TableLostError):
                 if time.monotonic() >= deadline:
                     raise
@@ -196,6 +198,11 @@ class ReplayReader:
                 f"{self._signature.model_dump_json()}: both must come from the same recipe"
             )
         self._checked = signature is not None
+
+    def _is_exhausted(self) -> bool:
+        """Whether nothing is ready and nothing more will come."""
+        info = self._table.info()
+        return info.sealed and info.num_ready == 0
 
     def _too_late(self, count: int, timeout_s: float, captures: Sequence[int] | None) -> DeadlineError:
         info = self._table.info()

@@ -244,11 +244,8 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("world_size", "zero_stage", "precision"),
-    [(1, 0, "fp32"), (1, 0, "bf16"), (2, 0, "fp32"), (2, 2, "bf16"), (2, 3, "fp32")],
-)
-def test_resume_is_bit_equal_after_half_the_steps(
+@pytest.mark.parametrize(("world_size", "zero_stage", "precision"), [(1, 0, "bf16"), (2, 0, "fp32"), (2, 3, "fp32")])
+def test_resume_is_bit_equal_for_ranks_stages_and_precisions(
     target_folder: Path, tmp_path: Path, world_size: int, zero_stage: int, precision: str
 ) -> None:
     settings = {"world_size": world_size, "zero_stage": zero_stage, "precision": precision}
@@ -258,15 +255,11 @@ def test_resume_is_bit_equal_after_half_the_steps(
     losses = losses_of(whole.output_dir)
     assert losses[6] < losses[1]
 
-    parted = make_recipe(target_folder, tmp_path / "parted", **settings, keep_checkpoints=5)
-    train_group(parted.model_copy(update={"trainer": parted.trainer.model_copy(update={"max_steps": 3})}))
-    first_half = losses_of(parted.output_dir)
-    train_group(parted, parted.output_dir / "step_3")
-    second_half = losses_of(parted.output_dir)
-
-    assert first_half == {step: losses[step] for step in (1, 2, 3)}
-    assert second_half == losses
-    expected, resumed = weights_of(whole.output_dir / "step_6"), weights_of(parted.output_dir / "step_6")
+    resumed_run = make_recipe(target_folder, tmp_path / "resumed", **settings)
+    [result, *_] = train_group(resumed_run, whole.output_dir / "step_3")
+    assert (result["first_step"], result["steps"]) == (4, 6)
+    assert losses_of(resumed_run.output_dir) == {step: losses[step] for step in (4, 5, 6)}
+    expected, resumed = weights_of(whole.output_dir / "step_6"), weights_of(resumed_run.output_dir / "step_6")
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
