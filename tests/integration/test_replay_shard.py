@@ -491,6 +491,16 @@ def test_lease_that_is_not_ready_in_time_says_what_it_waited_for(embedded: Embed
     assert setup.lease(cancelled=cancelled) == []
 
 
+def test_sealed_table_without_anything_ready_gives_nothing_at_once(embedded: EmbeddedRedis, client: Client) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()})
+    with setup.running():
+        setup.work.push(make_job(0))
+        setup.outcomes(1)
+        setup.table.seal()
+        assert len(setup.lease(2)) == 1
+        assert setup.lease(2) == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("tensor", ["context", "last"])
 def test_features_that_are_not_finite_are_refused(

@@ -190,6 +190,16 @@ def test_full_table_admits_again_once_a_sample_is_used(table: RedisTable) -> Non
     assert table.info().peak_bytes == 4 * 56
 
 
+def test_one_byte_too_many_is_full(redis_client: Client) -> None:
+    table = RedisTable(redis_client, "narrow")
+    table.create(111, SIGNATURE, max_times_sampled=1)
+    assert table.admit(make_job(0), 56, 0.0) is Admission.ADMITTED
+    assert table.admit(make_job(1), 56, 0.0) is Admission.FULL
+    table.create(112, SIGNATURE, max_times_sampled=1)
+    assert table.admit(make_job(1), 56, 0.0) is Admission.ADMITTED
+    table.destroy()
+
+
 def test_captures_in_flight_fill_the_table(table: RedisTable) -> None:
     for capture in range(4):
         assert table.admit(make_job(capture), 56, 0.0) is Admission.ADMITTED
@@ -899,6 +909,6 @@ def test_table_behaves_like_its_model(redis_client: Client) -> None:
     run_state_machine_as_test(
         TableMachine,
         settings=settings(
-            max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+            max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
         ),
     )
