@@ -22,6 +22,7 @@ LATEST = "step_latest"
 LEDGER = "ledger.jsonl"
 
 _STEP_NAME = re.compile(r"step_(\d+)")
+_HIDDEN_NAME = re.compile(r"\.(replaced_)?step_\d+")
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -104,7 +105,13 @@ def publish(output_dir: Path, step: int, *, latest: bool = True) -> Path:
 
 
 def prune(output_dir: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints, step_0 and what `step_latest` points to; returns the deleted."""
+    """Delete all but the newest `keep` checkpoints, step_0 and what `step_latest` points to; returns the deleted.
+
+    Hidden folders go too: no checkpoint is being written meanwhile, so a killed attempt left them.
+    """
+    for path in output_dir.iterdir():
+        if _HIDDEN_NAME.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path)
     latest = latest_checkpoint(output_dir)
     folders = [path for path in output_dir.iterdir() if path.is_dir() and not path.is_symlink()]
     trained = [path for path in folders if _STEP_NAME.fullmatch(path.name) and checkpoint_step(path) > 0]
@@ -112,7 +119,6 @@ def prune(output_dir: Path, keep: int) -> list[Path]:
     deleted = [path for path in old if path != latest]
     for path in deleted:
         hidden = path.with_name(f".{path.name}")  # a folder half deleted must not look whole
-        shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden)
     return deleted

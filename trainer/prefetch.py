@@ -115,8 +115,9 @@ class Prefetcher(Generic[Batch]):
                 return
             for index in range(lease.num_micro_batches):
                 captures = None if lease.captures is None else lease.captures[self._rank][index]
-                batch = self._load(captures, self._stop)
-                self._put((lease, batch))
+                self._put((lease, self._load(captures, self._stop)))
+                if self._stop.is_set():
+                    return
             step += 1
 
     def _put(self, item: tuple[StepLease, Batch | None] | BaseException) -> None:

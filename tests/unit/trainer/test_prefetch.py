@@ -1,0 +1,116 @@
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from services.contracts import StepLease
+from services.errors import DeadlineError
+from trainer.prefetch import Prefetcher
+
+DEADLINE_S = 10.0
+
+
+class Steps:
+    """Grants steps with the given numbers of micro-batches, then END."""
+
+    def __init__(self, *sizes: int, captures: tuple[tuple[tuple[int, ...], ...], ...] | None = None) -> None:
+        self.sizes = sizes
+        self.captures = captures
+        self.asked: list[int] = []
+
+    def step_lease(self, step: int) -> StepLease:
+        self.asked.append(step)
+        size = self.sizes[step - 1] if step <= len(self.sizes) else 0
+        return StepLease(step=step, num_micro_batches=size, captures=self.captures if size else None)
+
+
+class Counter:
+    """Makes micro-batches 0, 1, 2, …"""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.captures: list[Sequence[int] | None] = []
+
+    def load(self, captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+        self.captures.append(captures)
+        self.made += 1
+        return self.made - 1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def test_steps_come_in_order_with_their_micro_batches_until_end() -> None:
+    source, counter = Steps(2, 1, 3), Counter()
+    with Prefetcher(source, counter.load, depth=2, first_step=1, rank=0) as batches:
+        seen = [(lease.step, list(items)) for lease, items in batches.steps()]
+    assert seen == [(1, [0, 1]), (2, [2]), (3, [3, 4, 5])]
+    assert source.asked == [1, 2, 3, 4]
+
+
+def test_resumed_run_asks_for_its_first_step_only() -> None:
+    source = Steps(1, 1, 1)
+    with Prefetcher(source, Counter().load, depth=1, first_step=3, rank=0) as batches:
+        assert [lease.step for lease, _ in batches.steps()] == [3]
+    assert source.asked == [3, 4]
+
+
+def test_thread_runs_ahead_by_the_depth_and_one() -> None:
+    counter = Counter()
+    with Prefetcher(Steps(100), counter.load, depth=3, first_step=1, rank=0) as batches:
+        wait_for(lambda: counter.made == 4)  # three wait in the queue, one is held by the thread
+        _, items = next(batches.steps())
+        assert next(items) == 0
+        wait_for(lambda: counter.made == 5)
+    assert counter.made == 5
+
+
+def test_named_captures_go_to_their_rank() -> None:
+    counter = Counter()
+    source = Steps(2, captures=(((0, 1), (2,)), ((3, 4), ())))
+    with Prefetcher(source, counter.load, depth=2, first_step=1, rank=1) as batches:
+        assert [list(items) for _, items in batches.steps()] == [[0, 1]]
+    assert counter.captures == [(3, 4), ()]
+
+
+def test_error_of_the_thread_is_raised_in_the_loop() -> None:
+    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+        raise DeadlineError("no samples")
+
+    with (
+        Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0) as batches,
+        pytest.raises(DeadlineError, match="no samples"),
+    ):
+        next(batches.steps())
+
+
+def test_leaving_cancels_a_wait() -> None:
+    waiting = threading.Event()
+
+    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+        waiting.set()
+        assert cancelled.wait(DEADLINE_S)
+        return 0
+
+    with Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0):
+        assert waiting.wait(DEADLINE_S)
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_wait_is_counted_and_reset_when_taken() -> None:
+    release = threading.Event()
+
+    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+        release.wait(DEADLINE_S)
+        return 0
+
+    with Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0) as batches:
+        threading.Timer(0.1, release.set).start()
+        next(batches.steps())
+        assert 0.05 < batches.take_wait_s() < DEADLINE_S
+        assert batches.take_wait_s() == 0.0
