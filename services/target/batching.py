@@ -17,11 +17,6 @@ class Waiting(NamedTuple):
     group: Hashable
 
 
-def padded_tokens(lengths: Sequence[int]) -> int:
-    """Tokens that a forward pass over these lengths computes: n · max(t)."""
-    return len(lengths) * max(lengths, default=0)
-
-
 def next_batch(waiting: Sequence[Waiting], *, max_batch_tokens: int, max_batch_samples: int) -> list[int]:
     """Choose the next forward pass.
 

@@ -18,11 +18,9 @@ from services.errors import (
     WireError,
 )
 from services.target.framing import unpack
-from services.target.request import DTYPE_TO_WIRE, MAX_CHUNK_BYTES
+from services.target.request import DTYPE_TO_WIRE, MAX_CHUNK_BYTES, SERVICE
 from services.target.stream import StreamCheck
 from services.wire import target_pb2 as wire
-
-SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
 
 HEADER_BYTES = 64 * 1024
 """Room for a chunk's metadata beside its payload."""
@@ -136,7 +134,10 @@ class TargetClient:
             chunk_bytes=chunk_bytes,
         )
         check = StreamCheck(job, num_layers=len(layer_ids), dtype=wire_dtype, chunk_bytes=chunk_bytes)
-        call = self._capture(request, timeout=timeout_s)
+        try:
+            call = self._capture(request, timeout=timeout_s)
+        except ValueError as error:  # all that gRPC raises here: this client was closed
+            raise TargetUnavailableError(f"target {self.address}, Capture of sample {job.capture}: {error}") from error
         try:
             for message in call:
                 framed = unpack(message)

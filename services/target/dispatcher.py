@@ -118,7 +118,7 @@ class Dispatcher(Generic[Result]):
 
     def _compute_batch(self, batch: list[Ticket[Result]]) -> None:
         try:
-            results = self._compute([ticket.inputs for ticket in batch])
+            results = list(zip(batch, self._compute([ticket.inputs for ticket in batch]), strict=True))
         except SlipstreamError as error:
             with self._changed:
                 self._settle(batch, error=error)
@@ -131,7 +131,7 @@ class Dispatcher(Generic[Result]):
                 self._settle(batch, error=wrapped)
         else:
             with self._changed:
-                for ticket, result in zip(batch, results, strict=True):
+                for ticket, result in results:
                     if not ticket.future.cancelled():
                         ticket.future.set_result(result)
 

@@ -50,13 +50,14 @@ class TransformersEngine:
     """The decoder stack of a Hugging Face causal LM, without its head and without a KV cache.
 
     Raises:
-        TargetError: The model cannot be found or loaded, or its files lack weights.
+        TargetError: There is no GPU although one is asked for; the model cannot be found or loaded, or its files lack
+            weights.
     """
 
     def __init__(self, config: TargetConfig) -> None:
+        self._device = _choose_device(config.num_gpus)
         folder = find_model(config.model, weights=True)
         shape = read_shape(folder)
-        self._device = torch.device("cuda" if config.num_gpus > 0 and torch.cuda.is_available() else "cpu")
         self._decoder = _load_decoder(str(folder), getattr(torch, config.dtype)).to(self._device)
         self._description = TargetDescription(
             model_name=config.model,
@@ -132,6 +133,17 @@ class TransformersEngine:
             torch.cuda.synchronize(self._device)
         except RuntimeError as error:
             raise TargetError(f"{self._device} no longer computes: {error}") from error
+
+
+def _choose_device(num_gpus: float) -> torch.device:
+    if num_gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TargetError(
+            f"target.num_gpus is {num_gpus:g}, but torch {torch.__version__} finds no GPU here: install a torch built "
+            "for it, or set target.num_gpus to 0 to run on the CPU"
+        )
+    return torch.device("cuda")
 
 
 def _load_decoder(folder: str, dtype: torch.dtype) -> nn.Module:

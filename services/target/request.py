@@ -1,4 +1,4 @@
-"""One Capture request: read from the wire and held against what the target can give. No torch here."""
+"""The wire's names and numbers, and a Capture request held against what its target can give. No torch here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from services.contracts import DTYPE_BYTES, WIRE_VERSION, TargetDescription, TensorName, WireDtype
 from services.errors import CaptureRequestError
 from services.wire import target_pb2 as wire
+
+SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
+"""Name of the gRPC service, in front of its methods' names."""
 
 DTYPE_TO_WIRE: dict[WireDtype, wire.WireDtype] = {"bf16": wire.BF16, "fp16": wire.FP16, "fp32": wire.FP32}
 DTYPE_FROM_WIRE: dict[int, WireDtype] = {number: name for name, number in DTYPE_TO_WIRE.items()}

@@ -20,16 +20,14 @@ from services.target.config import TargetConfig
 from services.target.dispatcher import Dispatcher
 from services.target.engine import CapturedFeatures, Engine
 from services.target.framing import FramedChunk, pack
-from services.target.request import DTYPE_TO_WIRE, TENSOR_TO_WIRE, CaptureRequest, read_request
+from services.target.request import DTYPE_TO_WIRE, SERVICE, TENSOR_TO_WIRE, CaptureRequest, read_request
 from services.wire import target_pb2 as wire
-
-SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
 
 SPARE_RPCS = 8
 """Calls served beyond the captures: Describe, health checks, reflection, and captures being refused."""
 
-CAPTURE_TIMEOUT_S = 600.0
-"""How long a capture may wait for its forward pass when its caller set no deadline."""
+FORWARD_TIMEOUT_S = 600.0
+"""Longest wait of a capture for its forward pass; its caller's own deadline may be nearer, or none."""
 
 
 class RunningServer:
@@ -155,8 +153,8 @@ class _Service:
 
     def _compute(self, request: CaptureRequest, context: grpc.ServicerContext) -> CapturedFeatures | None:
         """The features, checked; None if the caller gave up."""
-        timeout_s = context.time_remaining()
-        timeout_s = CAPTURE_TIMEOUT_S if timeout_s is None else timeout_s
+        # Of a call without a deadline gRPC says that 292 billion years remain, which no lock can wait.
+        timeout_s = min(context.time_remaining(), FORWARD_TIMEOUT_S)
         ticket = self._dispatcher.submit(request.inputs)
         if not context.add_callback(lambda: self._dispatcher.cancel(ticket)):
             self._dispatcher.cancel(ticket)

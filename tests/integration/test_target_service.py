@@ -235,6 +235,21 @@ def test_plain_stub_reads_our_server(server: RunningServer, engine: Transformers
     assert totals.num_bytes == len(payload)
 
 
+def test_plain_stub_may_leave_the_deadline_out(server: RunningServer) -> None:
+    request = wire.CaptureRequest(wire_version=WIRE_VERSION, token_ids=[1, 2], layer_ids=[0], dtype=wire.FP32)
+    with grpc.insecure_channel(server.address) as channel:
+        chunks = list(wire_grpc.TargetStub(channel).Capture(request))
+    assert chunks[-1].totals.context_rows == 2
+
+
+def test_capture_of_a_closed_client_is_unavailable(server: RunningServer) -> None:
+    client = TargetClient(server.address)
+    stream = client.capture(_job(4), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=WAIT_S)
+    client.close()
+    with pytest.raises(TargetUnavailableError, match="Cannot invoke RPC"):
+        next(stream)
+
+
 class PlainTarget(wire_grpc.TargetServicer):
     """A target written with nothing but the generated stubs: two context rows, one last row."""
 

@@ -134,3 +134,14 @@ def test_close_refuses_what_is_queued_and_what_comes(gate: Gate) -> None:
     closer.join(WAIT_S)
     with pytest.raises(TargetUnavailableError, match="stopping"):
         dispatcher.submit(_inputs(5))
+
+
+def test_a_pass_that_gives_too_few_results_fails_and_the_thread_survives() -> None:
+    answers = iter([[], [7]])
+    dispatcher: Dispatcher[int] = Dispatcher(
+        lambda batch: next(answers), max_batch_tokens=20, max_batch_samples=1, batch_wait_s=0.0
+    )
+    with pytest.raises(TargetError, match="failed: ValueError"):
+        dispatcher.submit(_inputs(3)).future.result(WAIT_S)
+    assert dispatcher.submit(_inputs(3)).future.result(WAIT_S) == 7
+    dispatcher.close()

@@ -177,3 +177,9 @@ def test_load_refuses_an_unknown_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TargetError, match="cannot be loaded: ValueError"):
         TransformersEngine(_config(tmp_path))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(TargetError, match=r"target.num_gpus is 0.5, but torch .* finds no GPU"):
+        TransformersEngine(_config(folder, num_gpus=0.5))
