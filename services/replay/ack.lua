@@ -1,8 +1,5 @@
 -- ack: generation, now, lease ids …
 -- All or nothing. The ack of a sample's last use frees its bytes.
-if table_is_lost() then
-  return { 'LOST' }
-end
 local refusal = check_leases(ARGV[1], 3)
 if refusal then
   return refusal

@@ -59,17 +59,21 @@ local function return_use(lease_id)
   return capture
 end
 
-local function stale_generation(generation)
+-- Returns a refusal unless there is a table and the generation is its current one.
+local function check_generation(generation)
   local current = redis.call('HGET', key('table'), 'generation')
+  if not current then
+    return { 'LOST' }
+  end
   if tonumber(generation) ~= tonumber(current) then
     return { 'STALE', current }
   end
   return nil
 end
 
--- Returns a refusal unless every lease id is known, named once, and of the generation.
+-- The same, and unless every lease id is known and named once.
 local function check_leases(generation, first)
-  local refusal = stale_generation(generation)
+  local refusal = check_generation(generation)
   if refusal then
     return refusal
   end

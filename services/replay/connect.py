@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,6 +18,8 @@ from redis.retry import Retry
 from services.errors import ReplayError, ReplayUnavailableError
 from services.replay.keys import table_key
 from services.replay.scripts import Scripts
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
 """Longest wait for one answer of Redis; a blocking read must ask for less."""
@@ -188,8 +191,10 @@ class Claim:
 
     def _keep(self) -> None:
         while not self._closed.wait(self._ttl_s / RENEWALS_A_TTL):
-            with contextlib.suppress(ReplayUnavailableError):  # the next renewal may reach it
+            try:
                 self._renew()
+            except ReplayError as error:  # the next renewal may succeed
+                logger.warning("the claim on the prefix %r was not renewed: %s", self._prefix, error)
 
     def _renew(self) -> None:
         status, rest = self._scripts.run("claim", self._owner, int(self._ttl_s * 1000))

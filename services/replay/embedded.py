@@ -50,21 +50,23 @@ class EmbeddedRedis:
             capacity_bytes: Feature bytes it must be able to hold.
 
         Raises:
-            ReplayUnavailableError: It did not come up; names the log.
+            ReplayUnavailableError: No server is installed, or it did not come up; then it names the log.
         """
+        server = find_server()
         log = directory.resolve() / "redis.log"
         socket = _socket_folder() / "redis.sock"
         maxmemory_bytes = int(capacity_bytes * MEMORY_FACTOR) + MEMORY_EXTRA_BYTES
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "services.replay.supervisor", "--server", find_server()),
-                *("--socket", str(socket), "--maxmemory", str(maxmemory_bytes), "--log", str(log)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("ab"),
-            start_new_session=True,  # a Ctrl-C at the terminal is for the driver, which then closes in order
-        )
+        with log.open("ab") as errors:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "services.replay.supervisor", "--server", server),
+                    *("--socket", str(socket), "--maxmemory", str(maxmemory_bytes), "--log", str(log)),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # a Ctrl-C at the terminal is for the driver, which then closes in order
+            )
         answer = _read_line(process, time.monotonic() + START_TIMEOUT_S)
         embedded = cls(process, socket, log)
         if answer != "ready":

@@ -1,10 +1,7 @@
 -- lease: rank, generation, count, deadline, captures …
 -- Without captures: `count` uses, oldest first, all or nothing until the table is sealed. With captures: exactly these.
 local rank, generation, count, deadline = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
-if table_is_lost() then
-  return { 'LOST' }
-end
-local refusal = stale_generation(generation)
+local refusal = check_generation(generation)
 if refusal then
   return refusal
 end

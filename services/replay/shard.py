@@ -110,7 +110,7 @@ class ReplayShard:
         self._stop = threading.Event()
         self._slots = threading.Semaphore(config.pulls)
         self._lock = threading.Lock()
-        self._in_flight: dict[int, CaptureJob] = {}
+        self._in_flight: dict[object, CaptureJob] = {}
         self._stats = ShardStats()
         self._defect: BaseException | None = None
         self._generation = 0
@@ -169,7 +169,7 @@ class ReplayShard:
             try:
                 is_lost = self._table.incarnation() is None
                 self._attach()
-            except ReplayUnavailableError:
+            except (ReplayUnavailableError, TableLostError):
                 if time.monotonic() > began + RECONNECT_S:
                     raise
                 continue
@@ -189,9 +189,11 @@ class ReplayShard:
                 return
             if not self._admit(job):
                 return
+            # Not by capture: after Redis was away, two attempts of one capture may be pulled for a while.
+            pull = object()
             with self._lock:
-                self._in_flight[job.capture] = job
-            pool.submit(self._pull, job).add_done_callback(self._pulled(job))
+                self._in_flight[pull] = job
+            pool.submit(self._pull, pull).add_done_callback(lambda future: self._pulled(pull, future))
             handed_over = True
         finally:
             if not handed_over:
@@ -233,20 +235,21 @@ class ReplayShard:
         for capture in self._table.expire(now_s):
             self._event("lease", f"the lease of capture {capture} ended unused; its sample is ready again")
 
-    def _pulled(self, job: CaptureJob) -> Callable[[Future[None]], None]:
-        def end(future: Future[None]) -> None:
-            with self._lock:
-                self._in_flight.pop(job.capture, None)
-            self._slots.release()
-            error = future.exception()
-            if isinstance(error, ReplayUnavailableError | TableLostError):
-                return  # the dispatcher meets it too; the job is still taken, or gone with the table
-            if error is not None:
-                self._defect = error
+    def _pulled(self, pull: object, future: Future[None]) -> None:
+        with self._lock:
+            job = self._in_flight.pop(pull)
+        self._slots.release()
+        error = future.exception()
+        if isinstance(error, ReplayUnavailableError | TableLostError):
+            # Where Redis is still away the dispatcher meets it too, and takes back whatever is taken.
+            with contextlib.suppress(ReplayUnavailableError):
+                self._work.give_back(job)
+        elif error is not None:
+            self._defect = error
 
-        return end
-
-    def _pull(self, job: CaptureJob) -> None:
+    def _pull(self, pull: object) -> None:
+        with self._lock:
+            job = self._in_flight[pull]
         for tries in range(1, MOST_TRIES + 1):
             try:
                 address = self._wait_for_target()
@@ -284,13 +287,13 @@ class ReplayShard:
                 self._fail(job, f"{MOST_TRIES} tries failed, the last one with: {reason}")
                 return
             job = job.model_copy(update={"attempt": job.attempt + 1})
-            if not self._retry(job):
+            if not self._retry(pull, job):
                 return
 
-    def _retry(self, job: CaptureJob) -> bool:
+    def _retry(self, pull: object, job: CaptureJob) -> bool:
         """Take over the space of the attempt before; False if the capture is somebody else's now."""
         with self._lock:
-            self._in_flight[job.capture] = job
+            self._in_flight[pull] = job
         # The queue hears of the attempt first: whoever takes the job after this shard died counts on from there.
         if not self._work.renew(job, self._clock(), self._config.lease_s):
             return False

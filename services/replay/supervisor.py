@@ -21,12 +21,15 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 NONCE_KEY = "slipstream:nonce"
 """Set anew at each start of Redis: a client that reads another value than before talks to an empty Redis."""
 
 START_TIMEOUT_S = 15.0
 POLL_S = 0.1
+START_POLL_S = 0.01
 STOP_TIMEOUT_S = 2.0
 
 MOST_RESTARTS = 5
@@ -112,7 +115,10 @@ class _Supervisor:
             env={**os.environ, **MALLOC_SETTINGS},
             preexec_fn=_die_with_parent,  # this process has one thread, so the hook is safe
         )
-        client = redis.Redis(unix_socket_path=str(self._socket), socket_timeout=START_TIMEOUT_S)
+        # redis-py's own retries would hide for seconds that the server has ended.
+        client = redis.Redis(
+            unix_socket_path=str(self._socket), socket_timeout=START_TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+        )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -123,7 +129,7 @@ class _Supervisor:
                     raise StartError(f"it ended with status {self._process.returncode}; see {self._log}") from error
                 if time.monotonic() > deadline:
                     raise StartError(f"it does not answer after {START_TIMEOUT_S:g} s; see {self._log}") from error
-                time.sleep(0.01)
+                time.sleep(START_POLL_S)
         client.close()
 
     def stop(self) -> None:

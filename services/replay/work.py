@@ -46,8 +46,12 @@ class WorkQueue:
         return status == "OK"
 
     def give_back(self, job: CaptureJob) -> bool:
-        """Return a taken job to the front of the queue, as it is given; False if it is not taken."""
-        status, _ = self._scripts.run("work_give_back", job.capture, _entry(job))
+        """Return a taken job to the front of the queue with its next attempt, as `expire` does.
+
+        Returns:
+            False if this attempt is not taken: the job ended, waits, or was given out again.
+        """
+        status, _ = self._scripts.run("work_give_back", job.capture, job.attempt)
         return status == "OK"
 
     def expire(self, now_s: float) -> list[int]:

@@ -306,6 +306,48 @@ def test_dead_target_mid_stream_costs_an_attempt_and_keeps_its_space(embedded: E
     assert client.keys("run:chunk:*") == []
 
 
+def test_capture_whose_bytes_redis_did_not_take_in_time_goes_back_at_once(
+    embedded: EmbeddedRedis, client: Client
+) -> None:
+    faults = iter([ReplayUnavailableError("Redis does not answer")])
+
+    def time_out_once(job: CaptureJob, index: int) -> None:
+        for error in faults:
+            raise error
+
+    setup = Setup(embedded, client, {"a": FakeTarget(fault=time_out_once)})
+    with setup.running():
+        setup.work.push(make_job(0))
+        (lease,) = setup.lease(timeout_s=WAIT_S / 2)
+        assert lease.sample.job.attempt == 1
+        assert torch.equal(setup.reader.fetch(lease).context, features(make_job(0))[0])
+    assert setup.targets["a"].asked == [(0, 0), (0, 1)]
+    assert setup.table.info().resident_bytes == JOB_BYTES
+
+
+def test_attempt_that_replaces_one_still_pulled_stays_in_flight(embedded: EmbeddedRedis, client: Client) -> None:
+    """Redis was away: its queue gives a capture out again while the first attempt is still being pulled."""
+    entered, first_goes_on, second_goes_on = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def hold(job: CaptureJob, index: int) -> None:
+        if index == 0:
+            entered.release()
+            assert (second_goes_on if job.attempt else first_goes_on).wait(WAIT_S)
+
+    setup = Setup(embedded, client, {"a": FakeTarget(fault=hold)})
+    with setup.running():
+        setup.work.push(make_job(0))
+        assert entered.acquire(timeout=WAIT_S)
+        assert setup.work.expire(float("inf")) == [0]
+        assert entered.acquire(timeout=WAIT_S)
+        first_goes_on.set()
+        wait_until(lambda: setup.shard.stats().num_in_flight == 1, "the end of the first attempt")
+        second_goes_on.set()
+        assert setup.outcomes(1) == [(0, 1, "committed")]
+        wait_until(lambda: setup.shard.stats().num_in_flight == 0, "the end of the second attempt")
+    assert setup.table.info().resident_bytes == JOB_BYTES
+
+
 def test_bad_checksum_is_captured_again(
     embedded: EmbeddedRedis, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

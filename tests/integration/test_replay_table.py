@@ -659,10 +659,11 @@ def test_given_back_job_is_the_next_one_taken(table: RedisTable, redis_client: C
     for capture in (0, 1):
         work.push(make_job(capture))
     work.take(0.0, 1.0)
-    assert work.give_back(make_job(0, attempt=1)) is True
-    assert work.give_back(make_job(0, attempt=1)) is False
+    assert work.give_back(make_job(0)) is True
+    assert work.give_back(make_job(0)) is False
     assert work.renew(make_job(0), 0.0, 1.0) is False
     assert work.take(0.0, 1.0) == make_job(0, attempt=1)
+    assert work.give_back(make_job(0)) is False  # the older attempt is not what is taken
 
 
 def test_registry_forgets_targets_that_are_not_published_again(table: RedisTable, redis_client: Client) -> None:
