@@ -96,7 +96,7 @@ class CaptureLog:
         """The lines of the file."""
         if not self._file.closed:
             self._file.flush()
-        with self._path.open(encoding="utf-8") as file:
+        with self._path.open(encoding="utf-8", errors="replace") as file:  # what is no UTF-8 is no line either
             for line in file:
                 yield line.rstrip("\n")
 

@@ -67,13 +67,7 @@ class Encoded(NamedTuple):
 
 
 class ChatEncoder:
-    """The chat template and tokenizer of one target.
-
-    Attributes:
-        stop_token_ids: Tokens that end an answer: the generation config's, else the tokenizer's end-of-sequence token.
-    """
-
-    stop_token_ids: list[int]
+    """The chat template and tokenizer of one target."""
 
     def __init__(self, folder: Path, *, system_prompt: str | None, enable_thinking: bool) -> None:
         """Read a model folder's tokenizer files.
@@ -101,7 +95,6 @@ class ChatEncoder:
         self._tokenizer.post_processor = None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.stop_token_ids = self._find_stop_tokens(folder)
 
     def encode(self, messages: Conversation) -> Encoded:
         """Tokenise a training conversation and mark the tokens that the target's answers consist of.
@@ -185,20 +178,6 @@ class ChatEncoder:
         if len(parts) != 2:
             raise _inconsistent(i, f"its content appears {len(parts) - 1} times")
         return parts[0], parts[1]
-
-    def _find_stop_tokens(self, folder: Path) -> list[int]:
-        path = folder / "generation_config.json"
-        ids = _read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return [int(i) for i in ids] if isinstance(ids, list) else [int(ids)]
-        end = self._special_tokens.get("eos_token")
-        token_id = self._tokenizer.token_to_id(end) if end is not None else None
-        if token_id is None:
-            raise PromptError(
-                f"model folder {folder} names no stop token: set eos_token_id in generation_config.json "
-                "or eos_token in tokenizer_config.json"
-            )
-        return [int(token_id)]
 
 
 def mask_of_spans(token_starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -11,7 +11,14 @@ import time
 from pathlib import Path
 
 from services.contracts import Outcome, StepLease, StepReport
-from services.errors import CheckpointError, DeadlineError, PromptError, ReplayError, StaleGenerationError
+from services.errors import (
+    CheckpointError,
+    DeadlineError,
+    PromptError,
+    ReplayError,
+    StaleGenerationError,
+    TableLostError,
+)
 from services.models import find_model
 from services.prompts.capture_log import CaptureLog
 from services.prompts.chat import ChatEncoder, UnusablePromptError
@@ -92,6 +99,7 @@ class Coordinator:
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None
         self._sealed = False
+        self._incarnation = self._table.incarnation()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
@@ -208,10 +216,6 @@ class Coordinator:
             max_length=self._prompts.max_length,
         )
 
-    def stop_token_ids(self) -> list[int]:
-        """Tokens that end an answer of the target."""
-        return self._encoder.stop_token_ids
-
     def finish(self) -> LedgerSummary:
         """End the feeder and audit the run from its logs; a second call gives the same answer.
 
@@ -243,6 +247,11 @@ class Coordinator:
 
     def _turn(self) -> bool:
         """One look at outcomes, queue and prompts; returns whether there was anything to do."""
+        if self._table.incarnation() != self._incarnation:
+            raise TableLostError(
+                "Redis restarted empty: the captures that it held or had still to make are lost. Run the same command "
+                "again: it continues from the last checkpoint."
+            )
         with self._changed:
             num_drained = self._drain()
             jobs = self._schedule.take_pushable(self._settings.lookahead_captures - self._queue.size())

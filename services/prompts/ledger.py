@@ -157,10 +157,6 @@ class Ledger:
             raise CheckpointError(f"{origin} is empty: a ledger begins with its plan")
         return ledger
 
-    def is_open(self, use: int) -> bool:
-        """Whether a use is neither trained nor skipped."""
-        return self._state[use] == OPEN
-
     def open_ks(self, capture: int) -> tuple[int, ...]:
         """The k of a capture's open uses, ascending."""
         first = capture * self.plan.reuse

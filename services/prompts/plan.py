@@ -47,16 +47,6 @@ class Plan:
         epoch, place = divmod(number, self.num_prompts)
         return self._order(epoch)[place], epoch
 
-    def use(self, number: int) -> Use:
-        """The use with this number."""
-        capture, k = divmod(number, self.reuse)
-        prompt, epoch = self.capture(capture)
-        return Use(prompt=prompt, epoch=epoch, k=k)
-
-    def anchor_seed(self, use: Use) -> int:
-        """Seed of the anchors of one use."""
-        return anchor_seed(self.seed, use)
-
     def _shuffle(self, epoch: int) -> array[int]:
         order = array("L", range(self.num_prompts))
         random.Random(f"plan/{self.seed}/{epoch}").shuffle(order)

@@ -62,16 +62,8 @@ class Schedule:
     """
 
     def __init__(self, ledger: Ledger, settings: CoordinatorSettings) -> None:
-        """Begin after the ledger's last step; everything that it does not have as trained or skipped goes (again).
-
-        Raises:
-            ReplayError: The settings cannot work together.
-        """
-        if settings.deterministic and settings.reuse > 1:
-            raise ReplayError(
-                f"trainer.deterministic needs replay.reuse 1, not {settings.reuse}: which rank gets the k-th use of a "
-                "sample depends on who asks first. Set replay.reuse to 1, or trainer.deterministic to false."
-            )
+        """Begin after the ledger's last step; everything that it does not have as trained or skipped goes (again)."""
+        assert not (settings.deterministic and settings.reuse > 1), "no recipe has both"
         self.ended: str | None = None
         self.last_failure: str | None = None
         self._ledger = ledger

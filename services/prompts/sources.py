@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, Protocol, TypedDict
 
 from services.errors import PromptError
 from services.prompts.stdlib import Split, library_functions
@@ -37,12 +36,16 @@ class Message(TypedDict):
 Conversation = list[Message]
 
 
-class ConversationItems(Sequence[Conversation]):
-    """An indexable sequence of conversations that can say where each comes from."""
+class ConversationItems(Protocol):
+    """Conversations by number that can say where each comes from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...
 
     def origin(self, index: int) -> str:
         """File and line number, or another name by which a person finds the conversation."""
-        raise NotImplementedError
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,14 @@ def load_conversations(source: str, *, split: Split, strict: bool) -> Conversati
     return _load_jsonl(Path(source).expanduser(), strict=strict)
 
 
-class _LibraryItems(ConversationItems):
+class _LibraryItems:
     def __init__(self, named: list[tuple[str, Conversation]]) -> None:
         self._named = named
 
     def __len__(self) -> int:
         return len(self._named)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [conversation for _, conversation in self._named[index]]
+    def __getitem__(self, index: int) -> Conversation:
         return self._named[index][1]
 
     def origin(self, index: int) -> str:
@@ -113,7 +110,7 @@ def _load_stdlib(split: Split) -> Conversations:
     return Conversations(_LibraryItems(named), [], digest.hexdigest()[:32])
 
 
-class _JsonlItems(ConversationItems):
+class _JsonlItems:
     """Conversations of a file by the offsets of their lines."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -131,13 +128,7 @@ class _JsonlItems(ConversationItems):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Conversation:
         line = os.pread(self._descriptor, self._lengths[index], self._offsets[index])
         try:
             return parse_line(line)

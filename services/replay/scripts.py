@@ -44,6 +44,6 @@ class Scripts:
         if status == "LOST":
             raise TableLostError(
                 f"there is no replay table under the prefix {self._prefix!r}: it was never created, or Redis restarted "
-                "empty. Its samples are captured again once the shard has made the table anew."
+                "empty. Run the same command again: it continues from the last checkpoint."
             )
         return status, rest

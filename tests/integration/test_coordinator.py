@@ -14,7 +14,14 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from services.contracts import CaptureJob, Chunk, LastRows, Outcome, Sample, StepLease, StepReport, TableSignature
-from services.errors import CheckpointError, DeadlineError, PromptError, ReplayError, ReplayUnavailableError
+from services.errors import (
+    CheckpointError,
+    DeadlineError,
+    PromptError,
+    ReplayError,
+    ReplayUnavailableError,
+    TableLostError,
+)
 from services.prompts.config import PromptsConfig
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
 from services.prompts.intake import Intake
@@ -424,7 +431,14 @@ def test_heldout_prompts_end_with_the_generation_prompt(run: Run, model: str):
     tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
     ending = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
     assert all(prompt[-len(ending) :] == ending for prompt in prompts)
-    assert coordinator.stop_token_ids() == [tokenizer.token_to_id("<|im_end|>")]
+
+
+def test_table_that_was_lost_ends_the_run_with_the_way_out(run: Run):
+    coordinator = run.start()
+    run.table.destroy()
+    run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
+    with pytest.raises(TableLostError, match=r"Redis restarted empty.*Run the same command again"):
+        until(lambda: coordinator.progress() is None, "the coordinator's error")
 
 
 def test_no_heldout_source_gives_no_prompts(run: Run):

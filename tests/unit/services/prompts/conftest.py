@@ -77,7 +77,6 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         *,
         merges: list[tuple[str, str]] | None = None,
         config: dict[str, object] | None = None,
-        generation_config: dict[str, object] | None = None,
     ) -> Path:
         folder = tmp_path / "model"
         folder.mkdir()
@@ -86,8 +85,6 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         (folder / "tokenizer_config.json").write_text(text)
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
-        if generation_config is not None:
-            (folder / "generation_config.json").write_text(json.dumps(generation_config))
         return folder
 
     return make

@@ -71,14 +71,15 @@ def test_flushed_lines_are_in_the_file_without_closing(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense\n", "log:1: not a line of a capture log: 'nonsense'"),
+        (b"nonsense\n", "log:1: not a line of a capture log: 'nonsense'"),
+        (b"\xff\xfe\n", "log:1: not a line of a capture log"),
         (
-            '{"capture":4,"prompt":0,"attempt":0,"reason":"first","num_tokens":1,"num_bytes":1}\n',
+            b'{"capture":4,"prompt":0,"attempt":0,"reason":"first","num_tokens":1,"num_bytes":1}\n',
             "capture 4 of prompt 0 is outside the plan of 4 captures",
         ),
     ],
 )
 def test_foreign_log_is_refused(tmp_path, line, message):
-    (tmp_path / "log").write_text(line)
+    (tmp_path / "log").write_bytes(line)
     with pytest.raises(CheckpointError, match=message):
         open_log(tmp_path / "log")

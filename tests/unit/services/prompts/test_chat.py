@@ -165,21 +165,6 @@ def test_template_environment_is_the_one_authors_write_for(make_folder):
     assert encoder(folder).render([turn("system", "s"), turn("user", "a")]) == 'a{"é": 1}<|im_end|>'
 
 
-def test_stop_tokens_come_from_the_generation_config_else_from_the_tokenizer(make_folder):
-    folder = make_folder()
-    end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|im_end|>")
-    assert encoder(folder).stop_token_ids == [end]
-    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert encoder(folder).stop_token_ids == [7]
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert encoder(folder).stop_token_ids == [7, 9]
-
-
-def test_no_stop_token_is_an_error(make_folder):
-    with pytest.raises(PromptError, match="names no stop token"):
-        encoder(make_folder(config={}))
-
-
 def test_template_of_the_tokenizer_config_is_used_without_a_template_file(make_folder):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}default"}]
     folder = make_folder(

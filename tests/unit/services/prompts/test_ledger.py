@@ -193,7 +193,7 @@ def test_impossible_step_is_refused_and_changes_nothing(line, message):
         ledger.add_step(line)
     assert ledger.text(1) == before
     assert ledger.last_step == 1
-    assert ledger.is_open(4)
+    assert 4 in ledger.open_uses()
 
 
 def test_text_of_a_step_to_come_is_refused():

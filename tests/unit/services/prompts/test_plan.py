@@ -9,10 +9,7 @@ from services.prompts.plan import Plan, anchor_seed
 def test_numbers_follow_the_formula():
     plan = Plan(num_prompts=5, epochs=3, reuse=2, seed=1)
     assert (plan.num_captures, plan.num_uses) == (15, 30)
-    prompt, epoch = plan.capture(7)
-    assert epoch == 1
-    assert plan.use(14) == Use(prompt=prompt, epoch=1, k=0)
-    assert plan.use(15) == Use(prompt=prompt, epoch=1, k=1)
+    assert [plan.capture(number)[1] for number in (0, 4, 5, 9, 10, 14)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
@@ -32,7 +29,7 @@ def test_order_is_the_same_everywhere_and_follows_the_seed():
 
 def test_anchor_seed_depends_on_the_use_and_the_seed_alone():
     use = Use(prompt=3, epoch=1, k=0)
-    assert Plan(5, 2, 1, seed=7).anchor_seed(use) == Plan(900, 9, 4, seed=7).anchor_seed(use) == anchor_seed(7, use)
+    assert anchor_seed(7, use) == 8639678153866238814  # a run resumed by a later version draws the same
     others = [anchor_seed(7, Use(prompt=p, epoch=e, k=k)) for p in range(5) for e in range(5) for k in range(5)]
     assert len({anchor_seed(8, use), *others}) == 126
     assert all(0 <= seed < 2**63 for seed in others)

@@ -389,11 +389,6 @@ def test_deterministic_run_ends_where_a_named_capture_fails_for_good():
         fail(schedule, 3, retry=False)
 
 
-def test_deterministic_refuses_reuse():
-    with pytest.raises(ReplayError, match=r"deterministic needs replay.reuse 1, not 2"):
-        make(reuse=2, deterministic=True)
-
-
 def test_use_counts_as_trained_once_every_rank_has_reported():
     schedule, ledger = make()
     pump(schedule)
