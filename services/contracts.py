@@ -65,7 +65,7 @@ class TargetDescription(Record):
 
     model_name: str
     fingerprint: str
-    """Hash of the config and of the weights' index: two targets with the same fingerprint give the same features."""
+    """Hash of the config and of the weights' index: targets with different fingerprints give different features."""
     num_layers: int
     hidden_size: int
     vocab_size: int

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from services.errors import TargetError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+INDEX_FILE = "model.safetensors.index.json"
 
 
 class ModelShape(NamedTuple):
@@ -29,7 +29,7 @@ def find_model(name: str, *, weights: bool) -> Path:
 
     Args:
         name: Folder, or hub name such as ``Qwen/Qwen3-4B``.
-        weights: Whether the weights are wanted too; config and tokenizer always are.
+        weights: Whether the weights are wanted too; config, tokenizer and the weights' index always are.
 
     Raises:
         TargetError: There is no such folder, and the hub does not have it or does not answer.
@@ -40,7 +40,7 @@ def find_model(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only a hub name pays for this import
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", *TOKENIZER_FILES, *(WEIGHT_FILES if weights else ())]
+    patterns = ["config.json", INDEX_FILE, *TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -58,10 +58,12 @@ def read_shape(folder: Path) -> ModelShape:
     """
     path = folder / "config.json"
     try:
-        outer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        outer: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TargetError(f"cannot read {path}: {error}") from error
-    config = outer.get("text_config") or outer
+    if not isinstance(outer, dict):
+        raise TargetError(f"cannot read {path}: it is a JSON {type(outer).__name__}, not an object")
+    config: dict[str, Any] = outer.get("text_config") or outer
     try:
         return ModelShape(
             model_type=config.get("model_type") or outer["model_type"],
@@ -76,14 +78,12 @@ def read_shape(folder: Path) -> ModelShape:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hash of the config and of the weights' index (names, shapes, sizes), not of the weights' bytes."""
+    """Hash of the config and, where weights are in several files, of their index.
+
+    Not of the weights themselves: whoever has no need of them must find the same fingerprint without downloading them.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.exists():
         digest.update(index.read_bytes())
-    else:
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(header_bytes))
     return digest.hexdigest()[:32]
