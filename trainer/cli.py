@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -57,14 +58,13 @@ def demo(
     tokens a target forward yields before and after. Stop it at any time; the same command goes on where it stopped.
     """
     package_data = Path(__file__).parent / "demo"
-    settings = [
-        f"target.model={package_data / 'target'}",
-        f"output_dir={output_dir}",
-        *([f"trainer.max_steps={steps}"] if steps else []),
-        *([f"drafter.algorithm={drafter}"] if drafter else []),
-        *(overrides or []),
-    ]
-    _run(package_data / "recipe.yaml", settings, as_json=as_json, local_ray=True)
+    options = {
+        "target.model": str(package_data / "target"),
+        "output_dir": str(output_dir),
+        "trainer.max_steps": steps,
+        "drafter.algorithm": drafter,
+    }
+    _run(package_data / "recipe.yaml", overrides or [], options, as_json=as_json, local_ray=True)
 
 
 @app.command()
@@ -85,8 +85,8 @@ def run(
 
     Example: slipstream run infra/recipes/dspark_qwen3_4b.yaml prompts.source=my.jsonl target.replicas=2
     """
-    settings = [*(overrides or []), *([f"output_dir={output_dir}"] if output_dir else [])]
-    _run(recipe, settings, as_json=as_json, dry_run=dry_run)
+    options = {"output_dir": str(output_dir) if output_dir else None}
+    _run(recipe, overrides or [], options, as_json=as_json, dry_run=dry_run)
 
 
 @bench.command("features")
@@ -116,14 +116,23 @@ def main() -> None:
     app()
 
 
-def _run(path: Path, overrides: list[str], *, as_json: bool, local_ray: bool = False, dry_run: bool = False) -> None:
+def _run(
+    path: Path,
+    overrides: list[str],
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    local_ray: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Run a recipe. `options` that are None were not given; where both are, an override wins."""
     from services.errors import SlipstreamError
     from trainer.console import RunConsole, summary_table
     from trainer.recipe import load_recipe
 
     console = RunConsole(to_stderr=as_json)
     try:
-        recipe = load_recipe(path, overrides)
+        recipe = load_recipe(path, overrides, {key: value for key, value in options.items() if value is not None})
         if dry_run:
             _show_plan(recipe, console, as_json=as_json)
             return
@@ -135,7 +144,7 @@ def _run(path: Path, overrides: list[str], *, as_json: bool, local_ray: bool = F
     except SlipstreamError as error:
         _fail(console, str(error), error.exit_code)
     except KeyboardInterrupt:
-        command = " ".join(["slipstream", *sys.argv[1:]])
+        command = shlex.join(["slipstream", *sys.argv[1:]])
         _fail(console, f"stopped; to go on from the last checkpoint run the same command again:\n  {command}", 1)
     if as_json:
         print(summary.model_dump_json())
@@ -143,7 +152,8 @@ def _run(path: Path, overrides: list[str], *, as_json: bool, local_ray: bool = F
         console.say(summary_table(summary))
         console.say(_next_steps(summary.checkpoint, summary.output_dir))
     if not summary.ledger.balanced:
-        _fail(console, f"the ledger does not balance; see {summary.output_dir}", 1)
+        problems = "; ".join(summary.ledger.problems)
+        _fail(console, f"the ledger of {summary.output_dir} does not balance: {problems}", 1)
     if summary.lossless is False:
         _fail(console, "greedy output with the drafter differs from the target's own: decoding is not lossless", 1)
 
@@ -175,7 +185,7 @@ def _show_plan(recipe: Recipe, console: RunConsole, *, as_json: bool) -> None:
     )
 
 
-def _next_steps(checkpoint: str | None, output_dir: str) -> str:
+def _next_steps(checkpoint: str, output_dir: str) -> str:
     return (
         f"\nThe drafter is a Hugging Face folder: load it with drafters.load_drafter({checkpoint!r}).\n"
         f"Train longer: the same command with more steps goes on from here. Start anew: remove {output_dir}.\n"

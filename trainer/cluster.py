@@ -21,6 +21,9 @@ PLACEMENT_DEADLINE_S = 60.0
 START_DEADLINE_S = 600.0
 """How long a placed actor may take to come up."""
 
+LOOK_S = 5.0
+"""How often a wait for actors looks at its deadlines."""
+
 LOCAL_OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's smallest object store, nearly: tensors never pass through it."""
 
@@ -32,16 +35,17 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
     Args:
         local: Start a local one even if there is a cluster.
     """
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if local or not _attach(options):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            **options,
-        )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # notes about its own start are not the user's concern
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        if local or not _attach(options):
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **options,
+            )
         yield
     finally:
         ray.shutdown()
@@ -57,11 +61,21 @@ def _attach(options: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """An actor of a run and what it asks of the cluster."""
+    """An actor of a run.
+
+    Attributes:
+        name: For errors.
+        actor: Its handle; call nothing before it has started.
+        resources: What it asks of the cluster.
+        placed: Done once its process runs.
+        started: Done once it is constructed, or raises what its constructor raised.
+    """
 
     name: str
     actor: Any
     resources: Mapping[str, float]
+    placed: Any
+    started: Any
 
 
 def start_part(cls: type, *args: Any, num_cpus: float = 0, num_gpus: float = 0, **options: Any) -> Part:
@@ -78,15 +92,24 @@ def start_part(cls: type, *args: Any, num_cpus: float = 0, num_gpus: float = 0, 
         PlacementError: The cluster has fewer CPUs or GPUs in all than the actor asks for.
     """
     resources = {"CPU": num_cpus, "GPU": num_gpus}
+    check_fits(cls.__name__, resources)
+    actor: Any = ray.remote(_deferred(cls)).options(num_cpus=num_cpus, num_gpus=num_gpus, **options).remote()
+    return Part(cls.__name__, actor, resources, placed=actor.__ray_ready__.remote(), started=actor.begin.remote(*args))
+
+
+def check_fits(name: str, resources: Mapping[str, float]) -> None:
+    """Check that the cluster, were it empty, could place an actor.
+
+    Raises:
+        PlacementError: It has less in all than the actor asks for.
+    """
     total = ray.cluster_resources()
     for resource, wanted in resources.items():
         if wanted > total.get(resource, 0):
             raise PlacementError(
-                f"{cls.__name__} asks for {wanted:g} {resource}, the cluster has {total.get(resource, 0):g} in all; "
+                f"{name} asks for {wanted:g} {resource}, the cluster has {total.get(resource, 0):g} in all; "
                 f"lower num_{resource.lower()}s in the recipe or add a node"
             )
-    actor: Any = ray.remote(cls).options(num_cpus=num_cpus, num_gpus=num_gpus, **options).remote(*args)
-    return Part(cls.__name__, actor, resources)
 
 
 def wait_started(parts: Sequence[Part]) -> None:
@@ -94,33 +117,29 @@ def wait_started(parts: Sequence[Part]) -> None:
 
     Raises:
         PlacementError: One is not placed after a minute because a resource is taken; names it.
-        DeadlineError: One is placed but does not come up.
+        DeadlineError: One does not come up.
     """
-    waiting = {part.actor.__ray_ready__.remote(): part for part in parts}
-    deadline_s = time.monotonic() + START_DEADLINE_S
+    waiting = {future: part for part in parts for future in (part.placed, part.started)}
+    began_s = time.monotonic()
     while waiting:
-        done, _ = ray.wait(list(waiting), timeout=PLACEMENT_DEADLINE_S)
+        done, _ = ray.wait(list(waiting), timeout=LOOK_S)
         for future in done:
-            del waiting[future]
-            result_of(future)
-        if done:
-            continue
-        free = ray.available_resources()
-        for part in waiting.values():
-            for resource, wanted in part.resources.items():
-                if wanted > free.get(resource, 0):
-                    raise PlacementError(
-                        f"{part.name} was not placed within {PLACEMENT_DEADLINE_S:g} s: it asks for {wanted:g} "
-                        f"{resource}, and {free.get(resource, 0):g} are free in the cluster. Lower what the recipe "
-                        "asks for, end other jobs, or add a node"
-                    )
-        if time.monotonic() > deadline_s:
-            names = ", ".join(part.name for part in waiting.values())
+            result_of(future, waiting.pop(future).name)
+        waited_s = time.monotonic() - began_s
+        if waited_s > PLACEMENT_DEADLINE_S:
+            _check_placed([part for future, part in waiting.items() if future is part.placed])
+        if waiting and waited_s > START_DEADLINE_S:
+            names = ", ".join(sorted({part.name for part in waiting.values()}))
             raise DeadlineError(f"{names} did not start within {START_DEADLINE_S:g} s; see Ray's logs")
 
 
-def result_of(future: Any, *, timeout_s: float | None = None) -> Any:
+def result_of(future: Any, what: str, *, timeout_s: float | None = None) -> Any:
     """What a call to a part returned; an error that the user can act on comes without Ray's wrapping.
+
+    Args:
+        future: The call.
+        what: Names the part in errors.
+        timeout_s: Longest wait; None waits for ever.
 
     Raises:
         SlipstreamError: What the part raised, or that it died.
@@ -129,10 +148,33 @@ def result_of(future: Any, *, timeout_s: float | None = None) -> Any:
     try:
         return ray.get(future, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise DeadlineError(f"a part of the run did not answer within {timeout_s:g} s") from error
+        raise DeadlineError(f"{what} did not answer within {timeout_s:g} s") from error
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, SlipstreamError):
             raise error.cause from None
         raise
-    except ray.exceptions.ActorDiedError as error:
-        raise SlipstreamError(f"a part of the run died: {error}") from error
+    except ray.exceptions.RayActorError as error:
+        raise SlipstreamError(
+            f"{what} died; the same command again goes on from the last checkpoint. Ray says: {error}"
+        ) from error
+
+
+def _deferred(cls: type) -> type:
+    """The class, constructed by `begin`: what a constructor raises inside Ray comes back as a text only."""
+
+    def wait(self: Any) -> None:
+        """Nothing yet: the actor's process runs, and that is all that being placed means."""
+
+    return type(cls.__name__, (cls,), {"__init__": wait, "begin": cls.__init__})  # type: ignore[misc]  # that very one
+
+
+def _check_placed(unplaced: Sequence[Part]) -> None:
+    free = ray.available_resources() if unplaced else {}
+    for part in unplaced:
+        for resource, wanted in part.resources.items():
+            if wanted > free.get(resource, 0):
+                raise PlacementError(
+                    f"{part.name} was not placed within {PLACEMENT_DEADLINE_S:g} s: it asks for {wanted:g} "
+                    f"{resource}, and {free.get(resource, 0):g} are free in the cluster. Lower what the recipe "
+                    "asks for, end other jobs, or add a node"
+                )

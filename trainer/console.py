@@ -45,14 +45,12 @@ class RunState:
     total_steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     resident_bytes: int = 0
-    peak_bytes: int = 0
     capacity_bytes: int = 1
     tokens_captured: int = 0
     tokens_trained: int = 0
     capture_tokens_per_s: float = 0.0
     train_tokens_per_s: float = 0.0
     wait_fraction: float | None = None
-    targets_live: int = 0
     accepted: list[tuple[str, float]] = field(default_factory=list)
     """Decoded τ so far: (label, τ)."""
 
@@ -65,7 +63,6 @@ class RunConsole:
         self._state = RunState()
         self._curve: deque[float] = deque(maxlen=CURVE_POINTS)
         self._curve_step = 0
-        self._phase = ""
         self._live: Live | None = None
         self._progress = Progress(
             SpinnerColumn(),
@@ -102,14 +99,13 @@ class RunConsole:
 
     def phase(self, text: str) -> None:
         """What the run is doing now, for example 'starting Ray'."""
-        self._phase = text
         self._progress.update(self._task, description=text)
         if not self._live:
             self.console.print(text)
 
     def event(self, event: Event) -> None:
         """A restart, a skip, a scaling: stays on the screen."""
-        self.console.print(Text("! ", "yellow") + Text(event.message))
+        self.console.print(Text("! ", "yellow") + Text(event.message), soft_wrap=True)
 
     def update(self, state: RunState) -> None:
         """Show new numbers."""
@@ -121,7 +117,7 @@ class RunConsole:
             self._progress.update(self._task, total=state.total_steps, completed=state.step)
         if not self._live and time.monotonic() >= self._next_line_s and state.step:
             self._next_line_s = time.monotonic() + PLAIN_INTERVAL_S
-            self.console.print(self._line())
+            self.console.print(self._line(), soft_wrap=True)
 
     def _line(self) -> str:
         state = self._state
@@ -196,9 +192,12 @@ def summary_table(summary: Summary) -> Table:
         after = _with_interval(summary.accepted_length_end, summary.accepted_length_end_interval)
         ratio = summary.accepted_length_end / summary.accepted_length_start
         table.add_row("τ before training", before)
-        table.add_row("τ after training", f"[bold green]{after}[/]  ×{ratio:.2f}")
+        table.add_row("τ after training", Text.assemble((after, "bold green"), f"  ×{ratio:.2f}"))
     if summary.lossless is not None:
-        equal, differs = "equal to the target's own, token for token", "[red]DIFFERS from the target's own[/]"
+        equal, differs = (
+            Text("equal to the target's own, token for token"),
+            Text("DIFFERS from the target's own", "red"),
+        )
         table.add_row("greedy output", equal if summary.lossless else differs)
     resumed = "" if summary.resumed_from_step is None else f" (resumed from step {summary.resumed_from_step})"
     table.add_row("optimizer steps", f"{summary.steps}{resumed}")
@@ -216,14 +215,13 @@ def summary_table(summary: Summary) -> Table:
     first = f", first optimizer step after {summary.first_step_s:.0f} s" if summary.first_step_s is not None else ""
     table.add_row("time", f"{summary.total_s:.0f} s{first}")
     ledger = summary.ledger
-    verdict = "[green]balanced[/]" if ledger.balanced else "[red]NOT balanced[/]"
-    table.add_row(
-        "ledger of uses",
-        f"{verdict}: {ledger.planned:,} planned = {ledger.trained:,} trained + {ledger.skipped:,} skipped + "
-        f"{ledger.not_reached:,} not reached; {ledger.captured:,} captures, {ledger.recaptured:,} of them again",
+    verdict = ("balanced", "green") if ledger.balanced else ("NOT balanced", "red")
+    counts = (
+        f": {ledger.planned:,} planned = {ledger.trained:,} trained + {ledger.skipped:,} skipped + "
+        f"{ledger.not_reached:,} not reached; {ledger.captured:,} captures, {ledger.recaptured:,} of them again"
     )
-    if summary.checkpoint:
-        table.add_row("drafter", summary.checkpoint)
+    table.add_row("ledger of uses", Text.assemble(verdict, counts))
+    table.add_row("drafter", summary.checkpoint)
     return table
 
 

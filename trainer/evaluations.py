@@ -1,9 +1,8 @@
-"""Decoded τ of a run's checkpoints: which are due, which are measured, and where the results are kept."""
+"""Decoded τ of a run's checkpoints: which are measured, and where the results are kept."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +10,86 @@ import ray
 
 from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
-from trainer.cluster import Part, result_of, start_part
+from trainer.cluster import Part, check_fits, result_of, start_part, wait_started
+from trainer.output import replace_text
 from trainer.recipe import Recipe
+
+WHERE = {"num_gpus", "threads"}
+"""Settings that say where decoding runs, and nothing of what it finds."""
 
 
 class Evaluations:
     """Decodes held-out prompts with checkpoints, one after the other, beside the training.
 
-    Results are kept as JSON lines in the output directory, so that a resumed run measures nothing twice.
+    Results are kept as JSON lines in the output directory, so that a resumed run measures nothing twice. Those of other
+    settings count for nothing: τ of other prompts, or of other lengths, cannot be compared.
     """
 
     def __init__(self, recipe: Recipe, log: Path) -> None:
-        self._recipe = recipe
+        self.is_enabled = recipe.evaluation.max_samples > 0 and recipe.prompts.heldout is not None
+        """Whether the recipe asks for evaluation at all."""
+        self._config = recipe.evaluation
+        self._model = recipe.target.model
         self._log = log
-        self._reports = {report.label: report for report in _read(log)}
+        self._settings = recipe.evaluation.model_dump(exclude=WHERE) | {"heldout": recipe.prompts.heldout}
+        self._reports = {report.label: report for report in self._read()}
         self._evaluator: Part | None = None
         self._pending: dict[Any, str] = {}
 
-    @property
-    def enabled(self) -> bool:
-        """Whether the recipe asks for evaluation at all."""
-        return self._recipe.evaluation.max_samples > 0 and self._recipe.prompts.heldout is not None
+    def check(self) -> None:
+        """Check that an evaluator could ever be placed.
+
+        Raises:
+            PlacementError: The cluster has fewer GPUs than it asks for.
+        """
+        if self.is_enabled:
+            check_fits(EvaluatorActor.__name__, {"GPU": self._config.num_gpus})
 
     def report(self, checkpoint: Path) -> Report | None:
         """The result of a checkpoint, if it has been measured."""
         return self._reports.get(checkpoint.name)
 
-    def reports(self) -> list[Report]:
-        """All results, by step."""
-        return sorted(self._reports.values(), key=lambda report: int(report.label.removeprefix("step_")))
-
-    def request(self, checkpoint: Path, prompts: Callable[[int], list[list[int]]]) -> None:
-        """Measure a checkpoint unless that is done or under way; `prompts(n)` gives the held-out token ids."""
-        if not self.enabled or checkpoint.name in self._reports or checkpoint.name in self._pending.values():
+    def request(self, checkpoint: Path, prompts: list[list[int]]) -> None:
+        """Measure a checkpoint on prompts (token ids), unless that is done or under way."""
+        if not self.is_enabled or checkpoint.name in self._reports or checkpoint.name in self._pending.values():
             return
-        config = self._recipe.evaluation
         if self._evaluator is None:
             self._evaluator = start_part(
-                EvaluatorActor, self._recipe.target.model, prompts(config.max_samples), config, num_gpus=config.num_gpus
+                EvaluatorActor, self._model, prompts, self._config, num_gpus=self._config.num_gpus
             )
         self._pending[self._evaluator.actor.evaluate.remote(str(checkpoint), checkpoint.name)] = checkpoint.name
 
+    def wait_started(self) -> None:
+        """Wait until the evaluator, if there is work for one, has loaded its target.
+
+        Raises:
+            PlacementError: It is not placed.
+            SlipstreamError: It cannot load the target.
+        """
+        if self._evaluator is not None and self._pending:
+            wait_started([self._evaluator])
+
     def collect(self, *, timeout_s: float = 0.0) -> list[Report]:
-        """Results that have come in since the last call; waits up to `timeout_s` for the first."""
-        if not self._pending:
+        """Results that have come in since the last call; waits up to `timeout_s` for the first.
+
+        Raises:
+            SlipstreamError: The evaluator failed or died; what was under way can be requested anew.
+        """
+        if not self._pending or self._evaluator is None:
             return []
         done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
-        reports = []
+        try:
+            if done:
+                result_of(self._evaluator.started, "the evaluator")
+            reports: list[Report] = [result_of(future, "the evaluator") for future in done]
+        except BaseException:
+            self.close()
+            raise
         for future in done:
-            self._pending.pop(future)
-            report: Report = result_of(future)
-            self._reports[report.label] = report
-            with self._log.open("a") as log:
-                log.write(report.model_dump_json() + "\n")
-            reports.append(report)
+            del self._pending[future]
+        self._reports |= {report.label: report for report in reports}
+        if reports:
+            self._write()
         return reports
 
     @property
@@ -73,13 +98,19 @@ class Evaluations:
         return not self._pending
 
     def close(self) -> None:
-        """End the evaluator."""
+        """End the evaluator and what it measures. Again: nothing happens."""
+        self._pending.clear()
         if self._evaluator is not None:
             ray.kill(self._evaluator.actor)
             self._evaluator = None
 
+    def _read(self) -> list[Report]:
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        entries = [json.loads(line) for line in lines]
+        return [Report.model_validate(entry["report"]) for entry in entries if entry["settings"] == self._settings]
 
-def _read(log: Path) -> list[Report]:
-    if not log.exists():
-        return []
-    return [Report.model_validate(json.loads(line)) for line in log.read_text().splitlines()]
+    def _write(self) -> None:
+        entries = (
+            {"settings": self._settings, "report": report.model_dump(mode="json")} for report in self._reports.values()
+        )
+        replace_text(self._log, "".join(json.dumps(entry) + "\n" for entry in entries))

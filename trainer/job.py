@@ -13,12 +13,14 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import ray
+import ray.exceptions
 
-from services.contracts import DTYPE_BYTES, TableSignature
-from services.errors import SlipstreamError, TargetError
+from services.contracts import DTYPE_BYTES, Event, TableSignature
+from services.errors import ReplayUnavailableError, SlipstreamError, TargetError
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
 from services.replay.config import EMBEDDED, ReplayConfig
 from services.replay.connect import check_server, claim, connect
@@ -28,17 +30,17 @@ from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.target.pool import TargetPool
 from services.telemetry import TelemetryReader
-from trainer.checkpoint import checkpoint_step, latest_checkpoint
+from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
 from trainer.cluster import Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
 from trainer.evaluations import Evaluations
+from trainer.figures import TrainResult
 from trainer.observer import Observer
-from trainer.output import OutputDir, claim_output_dir
+from trainer.output import OutputDir, claim_output_dir, replace_text
 from trainer.preparation import Preparation, prepare
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
-from trainer.result import TrainResult
-from trainer.summary import LedgerFigures, Summary
+from trainer.summary import Summary
 
 POLL_S = 0.25
 """How often the driver looks at the run."""
@@ -96,10 +98,10 @@ def replay_redis(config: ReplayConfig, output: OutputDir) -> Iterator[str]:
         finally:
             embedded.close()
         return
-    client = connect(config.redis)
-    check_server(client, config.capacity, table_prefix(output))
-    with claim(client, table_prefix(output), owner=str(output.path)):
-        yield config.redis
+    with contextlib.closing(connect(config.redis)) as client:
+        check_server(client, config.capacity, table_prefix(output))
+        with claim(client, table_prefix(output), owner=str(output.path)):
+            yield config.redis
 
 
 def table_prefix(output: OutputDir) -> str:
@@ -126,22 +128,27 @@ class Job:
         self._pool = TargetPool(self._recipe.target, self._publish_targets)
         self._evaluations = Evaluations(self._recipe, output.evaluations)
         self._parts: list[Part] = []
-        self._results: dict[int, TrainResult] = {}
+        self._heldout: list[list[int]] = []
+        self._training: dict[Any, str] = {}
+        self._results: list[TrainResult] = []
+        self._start_is_due = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._evaluations.close()
-        for part in reversed(self._parts):
-            ray.kill(part.actor)
-        self._pool.stop()
-        self._table.destroy()
+        with contextlib.ExitStack() as stack:  # whatever fails, or is interrupted, the rest still happens
+            stack.callback(self._redis.close)
+            stack.callback(self._destroy_table)
+            stack.callback(self._pool.stop)
+            stack.callback(self._end, self._parts)
+            stack.callback(self._evaluations.close)
 
     def start(self) -> None:
         """Place every part and let the ranks begin."""
         recipe, signature = self._recipe, self._prepared.signature
         self._console.phase("starting target, replay shard, coordinator and trainer")
+        self._evaluations.check()
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
         self._table.create(recipe.replay.capacity, signature, recipe.replay.reuse)
         self._table.set_generation(self._output.attempt)
@@ -150,11 +157,13 @@ class Job:
         shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
         ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
         wait_started(self._parts)
+        if self._evaluations.is_enabled:
+            self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
         self._pool.wait_ready(LOAD_DEADLINE_S)
         self._check_target()
         self._shard_run = shard.run.remote()
-        store = result_of(ranks[0].open_store.remote(), timeout_s=ANSWER_DEADLINE_S)
-        self._training = {actor.train.remote(store): rank for rank, actor in enumerate(ranks)}
+        store = result_of(ranks[0].open_store.remote(), "trainer rank 0", timeout_s=ANSWER_DEADLINE_S)
+        self._training = {actor.train.remote(store): f"trainer rank {rank}" for rank, actor in enumerate(ranks)}
         self._observer = Observer(
             self._console,
             self._output.telemetry,
@@ -172,38 +181,47 @@ class Job:
         while self._training:
             done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
             for future in done:
-                result = result_of(future)
                 if future == self._shard_run:
+                    result_of(future, "the replay shard")
                     raise SlipstreamError("the replay shard ended before training did")
-                self._results[self._training.pop(future)] = result
+                self._results.append(result_of(future, self._training.pop(future)))
             self._pool.check()
             for event in self._pool.events():
                 self._observer.report(event)
             self._observer.look()
-            if self._observer.first_step_s is not None:
-                self._evaluate_start()
+            if self._observer.first_step_s is not None and self._start_is_due:
+                self._try_start_evaluation()
 
     def stop_after_step(self) -> None:
         """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`."""
         if not self._training:
             return
         self._console.say("stopping after this step; press Ctrl-C again to stop at once")
-        result_of(self._coordinator.stop_granting.remote(), timeout_s=ANSWER_DEADLINE_S)
-        ray.wait(list(self._training), num_returns=len(self._training), timeout=STOP_DEADLINE_S)
+        self._ask_coordinator("stop_granting")
+        deadline_s = time.monotonic() + STOP_DEADLINE_S
+        under_way = list(self._training)
+        while under_way and time.monotonic() < deadline_s:
+            _, under_way = ray.wait(under_way, num_returns=len(under_way), timeout=POLL_S)
+            self._observer.look()
+        if under_way:
+            self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
     def finish(self) -> Summary:
         """Measure the trained drafter and sum up."""
         self._observer.look()
+        ledger, progress = self._ask_coordinator("finish"), self._observer.progress()
+        result, buffer = self._results[0], self._table.info()
         newest = latest_checkpoint(self._output.path)
-        assert newest is not None, "rank 0 publishes a checkpoint before it ends"
-        self._evaluate_start()
-        self._evaluations.request(newest, self._heldout_prompts)
-        self._console.phase("decoding held-out prompts with the trained drafter")
-        while not self._evaluations.is_idle:
-            self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
-        ledger = result_of(self._coordinator.finish.remote(), timeout_s=ANSWER_DEADLINE_S)
-        progress, result, buffer = self._observer.progress(), self._results[0], self._table.info()
-        start, end = self._evaluations.report(self._output.path / "step_0"), self._evaluations.report(newest)
+        if newest is None:
+            raise SlipstreamError(
+                f"not one step was trained: of {ledger.planned} planned uses {ledger.skipped} were skipped, and a step "
+                f"takes {self._recipe.trainer.global_batch_size}. Lower trainer.global_batch_size, give more "
+                "prompts or epochs, or set trainer.tail=pad"
+            )
+        self._pool.stop()
+        self._end(self._parts)  # the evaluator may need what they hold
+        self._evaluate(newest)
+        start, end = self._evaluations.report(self._untrained), self._evaluations.report(newest)
         summary = Summary(
             run_id=self._output.run_id,
             output_dir=str(self._output.path),
@@ -217,17 +235,17 @@ class Job:
             lossless=end.lossless if end else None,
             tokens_trained=progress.tokens_trained,
             tokens_captured=progress.tokens_captured,
-            peak_buffer_bytes=buffer.peak_bytes,
+            peak_buffer_bytes=max(buffer.peak_bytes, self._output.earlier_peak_bytes()),
             buffer_capacity_bytes=buffer.capacity_bytes,
             cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
             trainer_wait_fraction=result.wait_fraction,
             first_step_s=self._observer.first_step_s,
             total_s=time.time() - self._started_s,
-            ledger=LedgerFigures.model_validate(ledger.model_dump()),
+            ledger=ledger,
             checkpoint=str(newest),
-            events=self._observer.events,
+            events=tuple(self._observer.events),
         )
-        self._output.summary.write_text(summary.model_dump_json(indent=2) + "\n")
+        replace_text(self._output.summary, summary.model_dump_json(indent=2) + "\n")
         return summary
 
     def _start(self, cls: type, *args: Any, **options: Any) -> Any:
@@ -283,14 +301,41 @@ class Job:
                 f"here says {expected.fingerprint}: do all nodes see the same model folder?"
             )
 
-    def _evaluate_start(self) -> None:
-        """Have the untrained drafter measured, once, beside the training."""
-        self._evaluations.request(self._output.path / "step_0", self._heldout_prompts)
-        self._observer.show_reports(self._evaluations.collect())
+    @property
+    def _untrained(self) -> Path:
+        return checkpoint_path(self._output.path, 0)
 
-    def _heldout_prompts(self, count: int) -> list[list[int]]:
-        prompts: list[list[int]] = ray.get(self._coordinator.heldout_prompts.remote(count), timeout=ANSWER_DEADLINE_S)
-        return prompts
+    def _try_start_evaluation(self) -> None:
+        """Have the untrained drafter measured beside the training, which goes on if that fails: `_evaluate` retries."""
+        try:
+            self._evaluations.request(self._untrained, self._heldout)
+            self._observer.show_reports(self._evaluations.collect())
+        except (SlipstreamError, ray.exceptions.RayError) as error:
+            self._start_is_due = False
+            message = f"the untrained drafter is measured again at the end: {error}"
+            self._observer.report(Event(time_s=time.time(), kind="evaluation", message=message))
+
+    def _evaluate(self, trained: Path) -> None:
+        """Have both ends of the training measured, unless they are."""
+        self._console.phase("decoding held-out prompts with the trained drafter")
+        self._evaluations.request(self._untrained, self._heldout)
+        self._evaluations.request(trained, self._heldout)
+        self._evaluations.wait_started()
+        while not self._evaluations.is_idle:
+            self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
+
+    def _ask_coordinator(self, question: str, *args: Any) -> Any:
+        answer = getattr(self._coordinator, question).remote(*args)
+        return result_of(answer, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+
+    @staticmethod
+    def _end(parts: list[Part]) -> None:
+        while parts:
+            ray.kill(parts.pop().actor)
+
+    def _destroy_table(self) -> None:
+        with contextlib.suppress(ReplayUnavailableError):  # Redis is gone, and the table with it
+            self._table.destroy()
 
 
 def cache_bytes(num_tokens: int, signature: TableSignature) -> int:

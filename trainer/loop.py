@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,15 +14,11 @@ from services.contracts import StepReport
 from services.errors import SlipstreamError
 from trainer.collate import MicroBatch
 from trainer.distributed import set_learning_rate, sum_over_ranks
+from trainer.figures import RunFigures, StepTally, TrainResult
 from trainer.prefetch import Prefetcher
 from trainer.recipe import TrainerConfig
-from trainer.result import TrainResult
 from trainer.saving import CheckpointWriter
 from trainer.schedule import learning_rate_factor
-from trainer.tally import StepFigures, StepTally
-
-FINAL_LOSS_STEPS = 10
-"""The final loss is the mean over this many last steps: one step's loss is mostly noise."""
 
 
 class CoordinatorSide(Protocol):
@@ -54,6 +49,7 @@ class TrainingLoop:
         generation: Of the trainer group.
         total_steps: Steps of the whole run, for the schedule.
         done_steps: Steps of earlier attempts.
+        figures: Adds this attempt up.
     """
 
     engine: Any
@@ -66,8 +62,8 @@ class TrainingLoop:
     rank: int
     generation: int
     total_steps: int
-    done_steps: int = 0
-    _run: RunFigures = field(default_factory=lambda: RunFigures())
+    done_steps: int
+    figures: RunFigures
 
     def run(self) -> TrainResult:
         """Train until END; the last checkpoint is published before this returns.
@@ -98,12 +94,15 @@ class TrainingLoop:
                 tally.add(output.metrics, micro_batch.leases, micro_batch.num_tokens)
             self._finish_step(step, tally, time.perf_counter() - started_s)
             if step % config.checkpoint_every == 0:
-                self.checkpoints.write(self.engine, step, self.coordinator.ledger_at)
+                self._write_checkpoint(step)
                 saved_step = step
             started_s = time.perf_counter()
         if step > saved_step:
-            self.checkpoints.write(self.engine, step, self.coordinator.ledger_at)
-        return self._run.result(first_step=self.done_steps + 1, steps=step)
+            self._write_checkpoint(step)
+        return self.figures.result(steps=step)
+
+    def _write_checkpoint(self, step: int) -> None:
+        self.checkpoints.write(self.engine, step, self.coordinator.ledger_at, self.figures.last_losses)
 
     def _finish_step(self, step: int, tally: StepTally, step_s: float) -> None:
         """Combine the ranks' figures and tell coordinator and telemetry."""
@@ -116,7 +115,7 @@ class TrainingLoop:
                 f"the loss of step {step} is {loss}: training has diverged. Lower trainer.learning_rate or "
                 "trainer.gradient_clip; the last checkpoint is unharmed"
             )
-        self._run.add(figures)
+        self.figures.add(figures)
         is_first = self.rank == 0
         self.coordinator.report(
             StepReport(
@@ -140,47 +139,5 @@ class TrainingLoop:
                 tokens_per_s=figures.num_tokens / figures.step_s,
                 wait_s=figures.wait_s,
                 step_s=figures.step_s,
-                wait_fraction=self._run.wait_fraction,
+                wait_fraction=self.figures.wait_fraction,
             )
-
-
-class RunFigures:
-    """What one attempt adds up to. The first step's wait is kept apart: it waits for the buffer to fill."""
-
-    def __init__(self) -> None:
-        self._num_steps = 0
-        self._tokens = 0
-        self._first_fill_s = 0.0
-        self._wait_s = 0.0
-        self._step_s = 0.0
-        self._last_losses: deque[float] = deque(maxlen=FINAL_LOSS_STEPS)
-
-    def add(self, figures: StepFigures) -> None:
-        """Add one step."""
-        self._num_steps += 1
-        self._tokens += figures.num_tokens
-        if "loss" in figures.metrics:
-            self._last_losses.append(figures.metrics["loss"])
-        if self._num_steps == 1:
-            self._first_fill_s = figures.wait_s
-            return
-        self._wait_s += figures.wait_s
-        self._step_s += figures.step_s
-
-    @property
-    def wait_fraction(self) -> float | None:
-        """Part of the time after the first step that was spent waiting; None before there is any."""
-        return self._wait_s / self._step_s if self._num_steps > 1 else None
-
-    def result(self, *, first_step: int, steps: int) -> TrainResult:
-        """The figures as a record."""
-        losses = self._last_losses
-        return TrainResult(
-            first_step=first_step,
-            steps=steps,
-            final_loss=sum(losses) / len(losses) if losses else None,
-            tokens=self._tokens,
-            first_fill_s=self._first_fill_s,
-            wait_s=self._wait_s,
-            step_s=self._step_s,
-        )

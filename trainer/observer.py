@@ -79,13 +79,14 @@ class Observer:
         Raises:
             DeadlineError: It does not answer.
         """
-        progress: Progress = result_of(self._coordinator.progress.remote(), timeout_s=ANSWER_DEADLINE_S)
+        future = self._coordinator.progress.remote()
+        progress: Progress = result_of(future, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
         return progress
 
     def _remember(self, records: list[dict[str, Any]]) -> None:
         if records:
             with self._history.open("a") as history:
-                history.writelines(json.dumps(record) + "\n" for record in records)
+                history.write("".join(json.dumps(record) + "\n" for record in records))
 
     def _read_step(self, record: dict[str, Any]) -> None:
         if self.first_step_s is None:
@@ -106,4 +107,3 @@ class Observer:
         self.state.tokens_captured = progress.tokens_captured
         self.state.tokens_trained = progress.tokens_trained
         self.state.resident_bytes = info.resident_bytes
-        self.state.peak_bytes = info.peak_bytes

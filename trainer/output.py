@@ -1,6 +1,7 @@
 """The output directory of a run: who owns it, what run it holds, where its files are.
 
-run.json            identity and id of the run, and the recipe it resolved to last
+run.json            id and identity of the run
+recipe.yaml         the recipe as the last attempt resolved it
 step_<N>/           checkpoints, step_latest points to the newest
 captures.jsonl      every capture ever committed (the ledger's second log)
 telemetry.jsonl     history of metrics and events
@@ -16,6 +17,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,22 @@ import yaml
 from services.errors import OutputDirError
 from trainer.recipe import Recipe
 
+RECORD, LOCK = "run.json", ".lock"
 
+
+@dataclass(frozen=True)
 class OutputDir:
-    """A claimed output directory; make one with `claim_output_dir`."""
+    """A claimed output directory; make one with `claim_output_dir`.
 
-    def __init__(self, path: Path, run_id: str, attempt: int) -> None:
-        self.path = path
-        self.run_id = run_id
-        self.attempt = attempt
-        """How many times this run has been started; the generation of its trainer group."""
+    Attributes:
+        path: The directory.
+        run_id: The run in it.
+        attempt: How many times this run has been started; the generation of its trainer group.
+    """
+
+    path: Path
+    run_id: str
+    attempt: int
 
     @property
     def capture_log(self) -> Path:
@@ -54,6 +63,13 @@ class OutputDir:
         """What the last attempt ended with."""
         return self.path / "summary.json"
 
+    def earlier_peak_bytes(self) -> int:
+        """Peak of the replay buffer in earlier attempts, as far as they came to an end."""
+        if not self.summary.exists():
+            return 0
+        peak_bytes: int = json.loads(self.summary.read_text())["peak_buffer_bytes"]
+        return peak_bytes
+
 
 @contextmanager
 def claim_output_dir(recipe: Recipe) -> Iterator[OutputDir]:
@@ -65,7 +81,9 @@ def claim_output_dir(recipe: Recipe) -> Iterator[OutputDir]:
     path = recipe.output_dir.expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        if not (path / LOCK).exists() and not (path / RECORD).exists():
+            _refuse_foreign(path)  # before anything is written to it
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise OutputDirError(
             f"cannot write to output_dir {path}: {error.strerror}; choose another --output-dir"
@@ -85,10 +103,10 @@ def claim_output_dir(recipe: Recipe) -> Iterator[OutputDir]:
 
 def _enter_run(path: Path, recipe: Recipe) -> tuple[str, int]:
     """Check that the directory is new or this recipe's; returns the run's id and the number of this attempt."""
-    record = path / "run.json"
+    record = path / RECORD
     attempt = 1
     if record.exists():
-        saved = json.loads(record.read_text())
+        saved = _read_record(record)
         changed = sorted(_differences(saved["identity"], recipe.identity()))
         if changed:
             raise OutputDirError(
@@ -96,16 +114,33 @@ def _enter_run(path: Path, recipe: Recipe) -> tuple[str, int]:
                 "Choose another --output-dir, or use the recipe.yaml saved in it to go on with that run"
             )
         run_id, attempt = saved["run_id"], saved["attempt"] + 1
-    elif any(entry.name != ".lock" for entry in path.iterdir()):
-        raise OutputDirError(f"output_dir {path} holds files that are no slipstream run; choose another --output-dir")
     else:
+        _refuse_foreign(path)
         run_id = f"{recipe.name}-{secrets.token_hex(3)}"
     content = {"run_id": run_id, "attempt": attempt, "identity": recipe.identity()}
-    new = record.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=2) + "\n")
-    new.replace(record)
-    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    replace_text(record, json.dumps(content, indent=2) + "\n")
+    replace_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return run_id, attempt
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file; whoever reads it, also after a crash, finds the old text or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    if {entry.name for entry in path.iterdir()} - {LOCK, f"{RECORD}.new"}:
+        raise OutputDirError(f"output_dir {path} holds files that are no slipstream run; choose another --output-dir")
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(record.read_text())
+        return {key: saved[key] for key in ("run_id", "attempt", "identity")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputDirError(f"{record} is no record of a slipstream run; choose another --output-dir") from error
 
 
 def _differences(saved: Any, wanted: Any, prefix: str = "") -> Iterator[str]:

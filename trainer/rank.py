@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
 
 from services.contracts import StepLease, StepReport, TableSignature
 from services.errors import DeadlineError
+from trainer.cluster import result_of
+from trainer.figures import TrainResult
 from trainer.recipe import Recipe
-from trainer.result import TrainResult
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
-
-__all__ = ["CoordinatorClient", "TrainResult", "TrainerRank"]
 
 LEASE_DEADLINE_S = 600.0
 """How long the coordinator may take to grant a step: it may have to tokenise a long run of unusable prompts."""
@@ -53,7 +51,7 @@ class CoordinatorClient:
         deadline_s = time.monotonic() + LEASE_DEADLINE_S
         while True:
             try:
-                lease: StepLease = self._ask(self._actor.step_lease.remote(step, self._generation), ANSWER_DEADLINE_S)
+                lease: StepLease = self._ask(self._actor.step_lease.remote(step, self._generation))
             except DeadlineError:  # still encoding conversations: ask again
                 if time.monotonic() >= deadline_s:
                     raise
@@ -65,7 +63,7 @@ class CoordinatorClient:
         self._reports.append(self._actor.step_done.remote(report))
         answered, self._reports = ray.wait(self._reports, num_returns=len(self._reports), timeout=0)
         for answer in answered:
-            self._ask(answer, ANSWER_DEADLINE_S)
+            self._ask(answer)
 
     def ledger_at(self, step: int) -> str:
         """The ledger after a step, as JSON lines; waits until every rank has reported it.
@@ -73,7 +71,9 @@ class CoordinatorClient:
         Raises:
             DeadlineError: A rank's report or the answer does not come.
         """
-        ledger: str = self._ask(self._actor.ledger_at.remote(step, LEDGER_DEADLINE_S), LEDGER_DEADLINE_S + 10)
+        ledger: str = self._ask(
+            self._actor.ledger_at.remote(step, LEDGER_DEADLINE_S), LEDGER_DEADLINE_S + ANSWER_DEADLINE_S
+        )
         return ledger
 
     def planned_uses(self) -> int:
@@ -82,16 +82,11 @@ class CoordinatorClient:
         Raises:
             DeadlineError: The coordinator does not answer.
         """
-        planned: int = self._ask(self._actor.progress.remote(), ANSWER_DEADLINE_S).planned
+        planned: int = self._ask(self._actor.progress.remote()).planned
         return planned
 
-    def _ask(self, answer: Any, deadline_s: float) -> Any:
-        try:
-            return ray.get(answer, timeout=deadline_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise DeadlineError(f"the coordinator did not answer a trainer rank within {deadline_s:g} s") from error
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+    def _ask(self, answer: Any, deadline_s: float = ANSWER_DEADLINE_S) -> Any:
+        return result_of(answer, "the coordinator", timeout_s=deadline_s)
 
 
 class TrainerRank:

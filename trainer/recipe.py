@@ -95,19 +95,26 @@ class Recipe(BaseModel):
         }
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides.
+def load_recipe(path: Path, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, then apply `options`, then `section.key=value` overrides.
 
     Relative paths are relative to the working directory; in the file, `target.model`, `prompts.source` and
     `prompts.heldout` that begin with `./` are relative to the recipe's folder.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts whose values are read as YAML.
+        options: Values by `section.key`, taken as they are: a folder named 123 is no number.
 
     Raises:
         RecipeError: The file is missing or no YAML, a key is unknown (the message names the nearest one), or a value
             does not fit.
     """
     tree = _read(path)
+    for key, value in (options or {}).items():
+        _set(tree, key, value)
     for override in overrides:
-        _apply(tree, override)
+        _set(tree, *_parse(override))
     return build_recipe(tree, str(path))
 
 
@@ -159,19 +166,23 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parse(override: str) -> tuple[str, Any]:
+    """Key and value of `section.key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(f"override {override!r} must look like section.key=value")
     try:
-        value = yaml.load(text, _UniqueKeyLoader)
+        return key, yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"override {override!r}: {section} is a value, not a section")
+            raise RecipeError(f"override of {key}: {section} is a value, not a section")
     tree[leaf] = value
 
 

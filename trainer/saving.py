@@ -26,6 +26,7 @@ from trainer.recipe import Recipe
 ENGINE_FOLDER = "deepspeed"
 ENGINE_TAG = "state"
 RNG = "rng.pt"
+LAST_LOSSES = "last_losses"
 
 
 class CheckpointWriter:
@@ -51,20 +52,25 @@ class CheckpointWriter:
         self._write_origin(partial)
         publish(self._output_dir, 0, latest=False)
 
-    def write(self, engine: Any, step: int, ledger: Callable[[int], str]) -> None:
+    def write(self, engine: Any, step: int, ledger: Callable[[int], str], last_losses: Sequence[float]) -> None:
         """Publish the checkpoint of a step. All ranks call it; it returns once the checkpoint is visible.
 
         Args:
             engine: The DeepSpeed engine around the drafter.
             step: Optimizer steps done.
             ledger: Gives the ledger's text after a step; only rank 0 asks.
+            last_losses: What a resumed run goes on averaging its final loss from.
         """
         partial = partial_path(self._output_dir, step)
         if self._rank == 0:
             start_partial(self._output_dir, step)
         dist.barrier()
         engine.save_checkpoint(
-            str(partial / ENGINE_FOLDER), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=True
+            str(partial / ENGINE_FOLDER),
+            tag=ENGINE_TAG,
+            client_state={LAST_LOSSES: list(last_losses)},
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
         rng = _gather_rng(engine.device)
         with _whole_parameters(engine):
@@ -85,8 +91,11 @@ class CheckpointWriter:
         (folder / "provenance.json").write_text(json.dumps(collect_provenance(self._command), indent=2) + "\n")
 
 
-def restore(engine: Any, checkpoint: Path) -> None:
+def restore(engine: Any, checkpoint: Path) -> list[float]:
     """Bring engine, optimizer and random generators to where a checkpoint left them.
+
+    Returns:
+        The losses of the last steps before it.
 
     Raises:
         CheckpointError: Parts are missing, or another number of ranks wrote it.
@@ -104,7 +113,7 @@ def restore(engine: Any, checkpoint: Path) -> None:
             f"checkpoint {checkpoint} was written by {len(rng['cpu'])} ranks, this run has {world_size}; "
             f"set trainer.world_size={len(rng['cpu'])}"
         )
-    loaded, _ = engine.load_checkpoint(str(engine_folder), tag=ENGINE_TAG, load_module_strict=False)
+    loaded, client_state = engine.load_checkpoint(str(engine_folder), tag=ENGINE_TAG, load_module_strict=False)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed finds no state in {engine_folder}; point step_latest to an older step_<N>")
     if engine.global_steps != checkpoint_step(checkpoint):
@@ -112,6 +121,8 @@ def restore(engine: Any, checkpoint: Path) -> None:
     torch.set_rng_state(rng["cpu"][rank])
     if engine.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"][rank], engine.device)
+    last_losses: list[float] = client_state[LAST_LOSSES]
+    return last_losses
 
 
 def _gather_rng(device: torch.device) -> dict[str, list[Tensor]]:

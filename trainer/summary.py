@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
-from services.contracts import Event
-
-
-class LedgerFigures(BaseModel):
-    """The ledger in numbers; every planned use is trained, skipped or not reached."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    planned: int
-    trained: int
-    skipped: int
-    not_reached: int
-    captured: int
-    recaptured: int
-    balanced: bool
+from services.contracts import Event, Record
+from services.prompts.ledger import LedgerSummary
 
 
-class Summary(BaseModel):
-    """The figures of a finished attempt of a run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Summary(Record):
+    """The figures of a run at the end of an attempt; over all its attempts, unless a figure says otherwise."""
 
     run_id: str
     output_dir: str
     steps: int
     resumed_from_step: int | None
     final_loss: float | None
+    """Mean over the run's last ten steps, or fewer if there are no ten."""
     accepted_length_start: float | None
     accepted_length_start_interval: tuple[float, float] | None
     accepted_length_end: float | None
@@ -40,15 +24,19 @@ class Summary(BaseModel):
     tokens_trained: int
     tokens_captured: int
     peak_buffer_bytes: int
+    """Of this attempt and of those before it that came to an end."""
     buffer_capacity_bytes: int
     cache_bytes_avoided: int
+    """What a feature cache of the prompts captured so far takes: each once, every row of every layer, in bf16."""
     trainer_wait_fraction: float | None
+    """Of this attempt, after its first step; None before its second."""
     first_step_s: float | None
     """Seconds from the start of the command to the end of this attempt's first optimizer step."""
     total_s: float
-    ledger: LedgerFigures
-    checkpoint: str | None
-    events: list[Event]
+    ledger: LedgerSummary
+    checkpoint: str
+    events: tuple[Event, ...]
+    """Of this attempt."""
 
 
 def format_bytes(count: float) -> str:

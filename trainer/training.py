@@ -29,11 +29,11 @@ from trainer.distributed import (
     process_group,
     training_device,
 )
+from trainer.figures import RunFigures, TrainResult
 from trainer.loading import MicroBatchLoader
 from trainer.loop import CoordinatorSide, TrainingLoop
 from trainer.prefetch import LeaseSource, Prefetcher
 from trainer.recipe import Recipe, TrainerConfig
-from trainer.result import TrainResult
 from trainer.saving import CheckpointWriter, restore
 from trainer.schedule import planned_steps
 
@@ -92,8 +92,7 @@ def train(
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)
         engine = build_engine(drafter, config)
-        if resume_from:
-            restore(engine, resume_from)
+        last_losses = restore(engine, resume_from) if resume_from else []
         total_steps = planned_steps(
             coordinator.planned_uses(), config.global_batch_size, tail=config.tail, max_steps=config.max_steps
         )
@@ -109,6 +108,7 @@ def train(
             generation=generation,
             total_steps=total_steps,
             done_steps=done_steps,
+            figures=RunFigures(last_losses),
         ).run()
 
 

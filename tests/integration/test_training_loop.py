@@ -149,6 +149,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any) 
         process_group,
         training_device,
     )
+    from trainer.figures import RunFigures
     from trainer.loop import TrainingLoop
     from trainer.prefetch import Prefetcher
     from trainer.saving import CheckpointWriter, restore
@@ -188,8 +189,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any) 
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)
         engine = build_engine(drafter, config)
-        if resume_from:
-            restore(engine, Path(resume_from))
+        last_losses = restore(engine, Path(resume_from)) if resume_from else []
         result = TrainingLoop(
             engine=engine,
             batches=batches,
@@ -202,6 +202,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any) 
             generation=1,
             total_steps=6,
             done_steps=done_steps,
+            figures=RunFigures(last_losses),
         ).run()
     return result.model_dump() | {"acked": acked}
 
@@ -258,6 +259,7 @@ def test_resume_is_bit_equal_for_ranks_stages_and_precisions(
     resumed_run = make_recipe(target_folder, tmp_path / "resumed", **settings)
     [result, *_] = train_group(resumed_run, whole.output_dir / "step_3")
     assert (result["first_step"], result["steps"]) == (4, 6)
+    assert result["final_loss"] == pytest.approx(sum(losses.values()) / 6)
     assert losses_of(resumed_run.output_dir) == {step: losses[step] for step in (4, 5, 6)}
     expected, resumed = weights_of(whole.output_dir / "step_6"), weights_of(resumed_run.output_dir / "step_6")
     assert expected.keys() == resumed.keys()

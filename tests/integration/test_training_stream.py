@@ -25,9 +25,9 @@ from services.target.engine import TransformersEngine
 from services.target.server import serve
 from services.telemetry import TelemetryReader
 from trainer.checkpoint import latest_checkpoint
+from trainer.figures import TrainResult
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
-from trainer.result import TrainResult
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -1,7 +1,7 @@
 import pytest
 
 from services.contracts import CaptureJob, Sample, SampleLease
-from trainer.tally import StepTally
+from trainer.figures import RunFigures, StepFigures, StepTally
 
 
 def lease(use: int) -> SampleLease:
@@ -33,3 +33,33 @@ def test_step_of_padding_alone_has_no_metrics() -> None:
     figures = tally.figures(tally.vector(wait_s=0.0, step_s=1.0))
     assert figures.metrics == {}
     assert figures.num_samples == 0
+
+
+def step(loss: float, *, wait_s: float = 0.0) -> StepFigures:
+    return StepFigures(metrics={"loss": loss}, num_samples=1, num_tokens=5, wait_s=wait_s, step_s=2.0)
+
+
+def test_wait_fraction_leaves_the_first_fill_out() -> None:
+    run = RunFigures()
+    run.add(step(1.0, wait_s=1.9))
+    assert run.wait_fraction is None
+    run.add(step(1.0, wait_s=0.5))
+    run.add(step(1.0, wait_s=0.3))
+    assert run.wait_fraction == pytest.approx(0.8 / 4.0)
+    result = run.result(steps=13)
+    assert (result.first_step, result.steps, result.tokens, result.first_fill_s) == (11, 13, 15, 1.9)
+
+
+def test_final_loss_is_the_mean_of_the_last_ten_steps_across_a_resume() -> None:
+    before = RunFigures()
+    for loss in range(12):
+        before.add(step(float(loss)))
+    resumed = RunFigures(before.last_losses)
+    assert resumed.result(steps=12).final_loss == pytest.approx(sum(range(2, 12)) / 10), "a finished run, started again"
+    resumed.add(step(20.0))
+    assert resumed.result(steps=13).final_loss == pytest.approx((sum(range(3, 12)) + 20) / 10)
+
+
+def test_run_without_any_step_has_no_loss() -> None:
+    result = RunFigures().result(steps=0)
+    assert (result.first_step, result.final_loss, result.wait_fraction) == (1, None, None)
