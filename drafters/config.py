@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DrafterConfig(BaseModel):
@@ -33,6 +33,15 @@ class DrafterConfig(BaseModel):
     permute_context: bool = Field(
         False, description="control for benchmarks: context features lose their place, so only their content can help"
     )
+
+    @model_validator(mode="after")
+    def _confidence_head_has_its_inputs(self) -> Self:
+        if self.enable_confidence_head and self.confidence_head_with_markov and self.markov_rank == 0:
+            raise ValueError(
+                "confidence_head_with_markov needs the Markov head, but markov_rank is 0: set "
+                "confidence_head_with_markov to false, or markov_rank above 0"
+            )
+        return self
 
     def resolve(self, *, num_target_layers: int, vocab_size: int, model_type: str) -> Self:
         """Fill in layer ids and mask token for a target, and check both against it.

@@ -51,11 +51,6 @@ class DSparkDrafter(BlockBackbone):
             )
         self.confidence_head: ConfidenceHead | None = None
         if settings.enable_confidence_head:
-            if settings.confidence_head_with_markov and not rank:
-                raise ValueError(
-                    "drafter.confidence_head_with_markov needs a Markov head, but drafter.markov_rank is 0: "
-                    "set confidence_head_with_markov to false or markov_rank above 0"
-                )
             self.confidence_head = ConfidenceHead(
                 config.hidden_size, rank if settings.confidence_head_with_markov else 0
             )

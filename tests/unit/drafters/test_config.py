@@ -97,3 +97,13 @@ def test_resolve_wants_a_mask_token_for_an_unknown_family() -> None:
 def test_setting_out_of_bounds_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DrafterConfig(**wrong)
+
+
+def test_confidence_head_on_a_markov_head_that_is_left_out_is_refused() -> None:
+    with pytest.raises(ValidationError, match="markov_rank is 0: set confidence_head_with_markov to false"):
+        DrafterConfig(markov_rank=0)
+
+
+@pytest.mark.parametrize("without", ["enable_confidence_head", "confidence_head_with_markov"])
+def test_markov_head_may_be_left_out_when_no_confidence_head_needs_it(without: str) -> None:
+    assert DrafterConfig.model_validate({"markov_rank": 0, without: False}).markov_rank == 0

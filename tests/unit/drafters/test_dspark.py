@@ -205,11 +205,6 @@ def test_drafter_without_heads_has_neither_their_loss_nor_their_weights(make_dra
     assert not any("head." in name and "lm_head" not in name for name in drafter.state_dict())
 
 
-def test_confidence_with_markov_needs_a_markov_head(make_drafter):
-    with pytest.raises(ValueError, match="markov_rank is 0: set confidence_head_with_markov to false"):
-        make_drafter(markov_rank=0)
-
-
 def test_bf16_training_stays_close_to_float32(make_drafter, make_batch):
     drafter, batch = make_drafter(), make_batch(20, 14)
     exact = drafter.training_forward(batch, anchor_seeds=SEEDS[:2]).loss.item()
