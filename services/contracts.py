@@ -23,6 +23,10 @@ WIRE_VERSION = 1
 TensorName = Literal["context", "last"]
 WireDtype = Literal["bf16", "fp16", "fp32"]
 
+DEFAULT_CHUNK_BYTES = 1024**2
+MAX_CHUNK_BYTES = 4 * 1024**2
+"""Usual and largest payload of a chunk: no object on the wire or in Redis is larger."""
+
 DTYPE_BYTES: dict[WireDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

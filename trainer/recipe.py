@@ -50,7 +50,9 @@ class TrainerConfig(BaseModel):
     prefetch: int = Field(2, ge=1, description="micro-batches fetched ahead of the step")
     wait_s: float = Field(600.0, gt=0, description="longest wait for a micro-batch before the run fails")
     tail: Literal["pad", "drop"] = Field("pad", description="a last step without a full batch is padded or dropped")
-    deterministic: bool = Field(False, description="plan order: the same losses for any number of targets")
+    deterministic: bool = Field(
+        False, description="plan order, one sample a forward pass: repeatable losses, however many targets"
+    )
     seed: int = Field(42, description="seeds the drafter's new weights")
 
     @property
@@ -82,6 +84,33 @@ class Recipe(BaseModel):
     replay: ReplayConfig = ReplayConfig()
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _deterministic_can_be(self) -> Self:
+        if not self.trainer.deterministic:
+            return self
+        if self.replay.reuse > 1:
+            raise ValueError(
+                f"trainer.deterministic needs replay.reuse: 1, not {self.replay.reuse}: which rank gets a sample's "
+                "next use depends on who asks first. Set replay.reuse to 1, or trainer.deterministic to false"
+            )
+        if self.target.max_batch_samples > 1:
+            raise ValueError(
+                f"trainer.deterministic needs target.max_batch_samples: 1, not {self.target.max_batch_samples}: what a "
+                "sample shares its forward pass with changes its last bits. Set target.max_batch_samples to 1, or "
+                "trainer.deterministic to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _longest_prompt_fits_a_forward_pass(self) -> Self:
+        if self.prompts.max_length > self.target.max_batch_tokens:
+            raise ValueError(
+                f"prompts.max_length {self.prompts.max_length} is above target.max_batch_tokens "
+                f"{self.target.max_batch_tokens}, so the target would refuse such prompts: lower the one or raise the "
+                "other"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes: what is trained on what."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from services.contracts import WireDtype
+from services.contracts import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, WireDtype
 
 EMBEDDED = "embedded"
 
@@ -19,7 +19,9 @@ class ReplayConfig(BaseModel):
         ByteSize(4 * 1024**3), gt=0, description="most resident feature bytes, captures in flight included ('4GiB')"
     )
     wire_dtype: WireDtype = Field("bf16", description="dtype of features on the wire and in the buffer")
-    chunk: ByteSize = Field(ByteSize(1024**2), gt=0, le=4 * 1024**2, description="most bytes of one chunk")
+    chunk: ByteSize = Field(
+        ByteSize(DEFAULT_CHUNK_BYTES), gt=0, le=MAX_CHUNK_BYTES, description="most bytes of one chunk"
+    )
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
     lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")

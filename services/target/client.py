@@ -8,7 +8,7 @@ from typing import Self
 
 import grpc
 
-from services.contracts import WIRE_VERSION, CaptureJob, Chunk, TargetDescription, WireDtype
+from services.contracts import MAX_CHUNK_BYTES, WIRE_VERSION, CaptureJob, Chunk, TargetDescription, WireDtype
 from services.errors import (
     CaptureRequestError,
     FeatureError,
@@ -18,7 +18,7 @@ from services.errors import (
     WireError,
 )
 from services.target.framing import unpack
-from services.target.request import DTYPE_TO_WIRE, MAX_CHUNK_BYTES, SERVICE
+from services.target.request import DTYPE_TO_WIRE, SERVICE
 from services.target.stream import StreamCheck
 from services.wire import target_pb2 as wire
 

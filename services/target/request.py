@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.contracts import DTYPE_BYTES, WIRE_VERSION, TargetDescription, TensorName, WireDtype
+from services.contracts import (
+    DEFAULT_CHUNK_BYTES,
+    DTYPE_BYTES,
+    MAX_CHUNK_BYTES,
+    WIRE_VERSION,
+    TargetDescription,
+    TensorName,
+    WireDtype,
+)
 from services.errors import CaptureRequestError
 from services.wire import target_pb2 as wire
 
@@ -15,9 +23,6 @@ DTYPE_TO_WIRE: dict[WireDtype, wire.WireDtype] = {"bf16": wire.BF16, "fp16": wir
 DTYPE_FROM_WIRE: dict[int, WireDtype] = {number: name for name, number in DTYPE_TO_WIRE.items()}
 TENSOR_TO_WIRE: dict[TensorName, wire.TensorName] = {"context": wire.CONTEXT, "last": wire.LAST}
 TENSOR_FROM_WIRE: dict[int, TensorName] = {number: name for name, number in TENSOR_TO_WIRE.items()}
-
-DEFAULT_CHUNK_BYTES = 1024**2
-MAX_CHUNK_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)

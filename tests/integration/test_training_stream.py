@@ -97,7 +97,13 @@ def make_recipe(target_folder: Path, output_dir: Path, **trainer: Any) -> Recipe
     return Recipe.model_validate(
         {
             "output_dir": str(output_dir),
-            "target": {"model": str(target_folder), "dtype": "float32", "num_gpus": 0, "threads": 1},
+            "target": {
+                "model": str(target_folder),
+                "dtype": "float32",
+                "num_gpus": 0,
+                "threads": 1,
+                "max_batch_samples": 1,
+            },
             "prompts": {"source": str(output_dir / "prompts.jsonl"), "max_length": 128, "system_prompt": None},
             "replay": {"capacity": CAPACITY_BYTES, "wire_dtype": "fp32", "pulls": 4},
             "drafter": {

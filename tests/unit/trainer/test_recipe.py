@@ -118,6 +118,30 @@ def test_every_problem_is_named_at_once(recipe_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["replay.reuse=2", "target.max_batch_samples=1"], "needs replay.reuse: 1, not 2"),
+        ([], "needs target.max_batch_samples: 1, not 64"),
+    ],
+)
+def test_deterministic_run_is_refused_with_the_line_to_change(
+    recipe_file: Path, overrides: list[str], says: str
+) -> None:
+    assert says in explain(recipe_file, "trainer.deterministic=true", *overrides)
+
+
+def test_deterministic_run_is_accepted_with_one_use_and_one_sample_a_pass(recipe_file: Path) -> None:
+    overrides = ["trainer.deterministic=true", "replay.reuse=1", "target.max_batch_samples=1"]
+    assert load_recipe(recipe_file, overrides).trainer.deterministic
+
+
+def test_prompts_that_no_forward_pass_can_hold_are_refused(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["prompts.max_length=2048", "target.max_batch_tokens=2048"])
+    message = explain(recipe_file, "prompts.max_length=2049", "target.max_batch_tokens=2048")
+    assert "prompts.max_length 2049 is above target.max_batch_tokens 2048" in message
+
+
+@pytest.mark.parametrize(
     ("override", "key"),
     [
         ("trainer.learning_rate=fast", "trainer.learning_rate"),

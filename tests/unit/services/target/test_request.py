@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.contracts import WIRE_VERSION, TargetDescription
+from services.contracts import DEFAULT_CHUNK_BYTES, WIRE_VERSION, TargetDescription
 from services.errors import CaptureRequestError
-from services.target.request import DEFAULT_CHUNK_BYTES, CaptureInputs, CaptureRequest, read_request
+from services.target.request import CaptureInputs, CaptureRequest, read_request
 from services.wire import target_pb2 as wire
 
 TARGET = TargetDescription(
