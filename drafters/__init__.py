@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drafters.batch import FeatureBatch
     from drafters.build import build_drafter
-    from drafters.checkpoint import copy_target_embeddings, load_drafter, save_drafter
+    from drafters.checkpoint import load_drafter, save_drafter
     from drafters.config import DrafterConfig
     from drafters.drafter import Drafter, Proposal, TrainingOutput
+    from drafters.target_weights import copy_target_embeddings, copy_target_layers
 
 __all__ = [
     "Drafter",
@@ -23,6 +24,7 @@ __all__ = [
     "TrainingOutput",
     "build_drafter",
     "copy_target_embeddings",
+    "copy_target_layers",
     "load_drafter",
     "save_drafter",
 ]
@@ -34,7 +36,8 @@ _HOMES = {
     "Proposal": "drafters.drafter",
     "TrainingOutput": "drafters.drafter",
     "build_drafter": "drafters.build",
-    "copy_target_embeddings": "drafters.checkpoint",
+    "copy_target_embeddings": "drafters.target_weights",
+    "copy_target_layers": "drafters.target_weights",
     "load_drafter": "drafters.checkpoint",
     "save_drafter": "drafters.checkpoint",
 }

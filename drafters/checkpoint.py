@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,25 +41,16 @@ class CheckpointFormatError(ValueError):
     """A folder is no drafter checkpoint that this version can read."""
 
 
-def save_drafter(
-    drafter: Drafter,
-    folder: Path | str,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
+def save_drafter(drafter: Drafter, folder: Path | str) -> None:
     """Write a native checkpoint; ``load_drafter`` reads it back. The folder is made if need be.
 
     Args:
-        drafter: Whose config and weights.
+        drafter: Whose config and weights; the weights keep their dtype.
         folder: Where to.
-        state_dict: The weights, if the drafter's own are sharded.
-        dtype: What to store the weights in; None keeps theirs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = drafter.state_dict() if state_dict is None else state_dict
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = checkpoint_config(drafter)
     config["dtype"] = str(tensors["fc.weight"].dtype).removeprefix("torch.")
@@ -119,33 +110,6 @@ def checkpoint_config(drafter: Drafter) -> dict[str, Any]:
     return config
 
 
-@torch.no_grad()
-def copy_target_embeddings(drafter: Drafter, target_folder: Path | str) -> None:
-    """Copy the target's embedding table and head into a drafter, from the safetensors of its folder.
-
-    Raises:
-        CheckpointFormatError: The folder has no safetensors, lacks a table, or its shape is not the drafter's.
-    """
-    folder = Path(target_folder)
-    config = _read_json(folder / CONFIG_NAME)
-    homes = _tensor_homes(folder)
-    embedding = _one_named(homes, "embed_tokens.weight", folder)
-    tied = (config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    has_head = any(_is_named(name, "lm_head.weight") for name in homes)
-    if tied is False and not has_head:
-        raise CheckpointFormatError(f"{folder}: no lm_head.weight, though tie_word_embeddings is false")
-    head = embedding if tied or not has_head else _one_named(homes, "lm_head.weight", folder)
-    for own, name in ((drafter.embed_tokens, embedding), (drafter.lm_head, head)):
-        with safe_open(homes[name], "pt") as file:
-            tensor = file.get_tensor(name)
-        if tensor.shape != own.weight.shape:
-            raise CheckpointFormatError(
-                f"{homes[name]}: {name} is {list(tensor.shape)}, but the drafter's is {list(own.weight.shape)}: "
-                "was the drafter built for this target?"
-            )
-        own.weight.copy_(tensor)
-
-
 def _settings_of(values: Mapping[str, Any], algorithm: str) -> DrafterConfig:
     given = {name: values[name] for name in DrafterConfig.model_fields if name in values}
     for name in ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head"):
@@ -182,31 +146,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointFormatError(f"cannot read {path}: {error}") from error
-
-
-def _tensor_homes(folder: Path) -> dict[str, Path]:
-    """Which file of a folder holds which tensor."""
-    homes: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                homes.update(dict.fromkeys(file.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointFormatError(f"cannot read {path}: {error}") from error
-    if not homes:
-        raise CheckpointFormatError(f"{folder} has no *.safetensors: convert the target's weights to safetensors")
-    return homes
-
-
-def _is_named(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
-def _one_named(names: Iterable[str], ending: str, folder: Path) -> str:
-    found = [name for name in names if _is_named(name, ending)]
-    if len(found) != 1:
-        raise CheckpointFormatError(f"{folder} must have one tensor named {ending}, it has: {found or 'none'}")
-    return found[0]
 
 
 def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

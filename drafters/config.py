@@ -30,6 +30,11 @@ class DrafterConfig(BaseModel):
     ce_loss_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy against the labels")
     l1_loss_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
     confidence_head_alpha: float = Field(1.0, ge=0, description="weight of the confidence loss")
+    warm_start_layers: tuple[int, ...] | None = Field(
+        None,
+        min_length=1,
+        description="target layers whose weights the draft layers begin with, one each; null begins with random ones",
+    )
     permute_context: bool = Field(
         False, description="control for benchmarks: context features lose their place, so only their content can help"
     )
@@ -58,6 +63,12 @@ class DrafterConfig(BaseModel):
             raise ValueError(
                 f"drafter.target_layer_ids {list(layer_ids)} must lie between -1 (the embedding) and "
                 f"{num_target_layers - 2}: the target has {num_target_layers} layers, and the last is never captured"
+            )
+        warm = self.warm_start_layers
+        if warm and (len(warm) != self.num_draft_layers or not 0 <= min(warm) <= max(warm) < num_target_layers):
+            raise ValueError(
+                f"drafter.warm_start_layers {list(warm)} must name one of the target's layers 0 to "
+                f"{num_target_layers - 1} for each of the {self.num_draft_layers} draft layers"
             )
         if mask_token_id is None:
             raise ValueError(

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from drafters.build import build_drafter
-from drafters.checkpoint import copy_target_embeddings
 from drafters.drafter import Drafter
+from drafters.target_weights import TargetWeightsError, copy_target_embeddings, copy_target_layers
 from services.contracts import TableSignature
+from services.errors import TargetError
 from services.models import find_model
 from services.replay.connect import connect
 from services.replay.reader import ReplayReader
@@ -113,9 +114,18 @@ def train(
 
 
 def new_drafter(recipe: Recipe) -> Drafter:
-    """A drafter for the recipe's target: new weights from the recipe's seed, the target's embedding and head."""
-    folder = find_model(recipe.target.model, weights=True)
+    """A drafter for the recipe's target: its embedding and head, and its layers or new weights from the seed.
+
+    Raises:
+        TargetError: The target's weights cannot be read, or do not fit.
+    """
+    folder, warm_start_layers = find_model(recipe.target.model, weights=True), recipe.drafter.warm_start_layers
     torch.manual_seed(recipe.trainer.seed)
     drafter = build_drafter(AutoConfig.from_pretrained(folder), **recipe.drafter.model_dump())
-    copy_target_embeddings(drafter, folder)
+    try:
+        copy_target_embeddings(drafter, folder)
+        if warm_start_layers:
+            copy_target_layers(drafter, folder, warm_start_layers)
+    except TargetWeightsError as error:
+        raise TargetError(f"cannot begin with the target's weights: {error}") from error
     return drafter.train()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafters import build_drafter, copy_target_embeddings, load_drafter, save_drafter
+from drafters import build_drafter, load_drafter, save_drafter
 from drafters.checkpoint import CheckpointFormatError
 
 
@@ -95,20 +95,13 @@ def test_config_leaves_out_what_heads_that_are_not_there_would_have(make_drafter
     assert "confidence_head_with_markov" not in config
 
 
-def test_weights_are_stored_in_the_dtype_asked_for_and_loaded_in_another(make_drafter, tmp_path):
-    drafter = make_drafter()
-    save_drafter(drafter, tmp_path, dtype=torch.bfloat16)
+def test_weights_are_stored_in_their_own_dtype_and_loaded_in_another(make_drafter, tmp_path):
+    drafter = make_drafter().bfloat16()
+    save_drafter(drafter, tmp_path)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     loaded = load_drafter(tmp_path, dtype=torch.float32)
-    assert torch.equal(loaded.fc.weight, drafter.fc.weight.bfloat16().float())
-
-
-def test_given_state_dict_is_what_is_written(make_drafter, tmp_path):
-    drafter = make_drafter()
-    gathered = {name: torch.full_like(tensor, 0.25) for name, tensor in drafter.state_dict().items()}
-    save_drafter(drafter, tmp_path, state_dict=gathered)
-    assert load_drafter(tmp_path).fc.weight.unique().tolist() == [0.25]
+    assert torch.equal(loaded.fc.weight, drafter.fc.weight.float())
 
 
 def test_missing_and_unknown_tensors_are_named(make_drafter, tmp_path):
@@ -151,67 +144,6 @@ def test_missing_and_broken_files_are_named(make_drafter, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointFormatError, match=r"cannot read .*model\.safetensors"):
         load_drafter(tmp_path)
-
-
-def write_target(folder, tensors, **config):
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
-def test_embedding_and_head_are_copied_from_the_target(make_drafter, tmp_path, prefix):
-    drafter = make_drafter()
-    embedding, head = torch.randn(23, 16), torch.randn(23, 16)
-    write_target(
-        tmp_path,
-        {f"{prefix}embed_tokens.weight": embedding, "lm_head.weight": head},
-        tie_word_embeddings=False,
-    )
-    copy_target_embeddings(drafter, tmp_path)
-    assert torch.equal(drafter.embed_tokens.weight, embedding)
-    assert torch.equal(drafter.lm_head.weight, head)
-    assert not drafter.lm_head.weight.requires_grad
-
-
-def test_tied_target_gives_its_embedding_twice(make_drafter, tmp_path):
-    drafter, embedding = make_drafter(), torch.randn(23, 16)
-    write_target(tmp_path, {"model.embed_tokens.weight": embedding}, tie_word_embeddings=True)
-    copy_target_embeddings(drafter, tmp_path)
-    assert torch.equal(drafter.lm_head.weight, embedding)
-    assert drafter.lm_head.weight.data_ptr() != drafter.embed_tokens.weight.data_ptr()
-
-
-def test_embeddings_in_several_files_are_found(make_drafter, tmp_path):
-    drafter = make_drafter()
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
-    save_file({"model.embed_tokens.weight": torch.ones(23, 16)}, tmp_path / "model-00001-of-00002.safetensors")
-    save_file({"lm_head.weight": torch.full((23, 16), 2.0)}, tmp_path / "model-00002-of-00002.safetensors")
-    copy_target_embeddings(drafter, tmp_path)
-    assert drafter.embed_tokens.weight.unique().tolist() == [1.0]
-    assert drafter.lm_head.weight.unique().tolist() == [2.0]
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"other": torch.zeros(1)}, r"one tensor named embed_tokens\.weight, it has: none"),
-        ({"model.embed_tokens.weight": torch.zeros(23, 16)}, r"no lm_head\.weight, though"),
-        (
-            {"model.embed_tokens.weight": torch.zeros(24, 16), "lm_head.weight": torch.zeros(23, 16)},
-            r"embed_tokens\.weight is \[24, 16\], but the drafter's is \[23, 16\]",
-        ),
-    ],
-)
-def test_target_without_fitting_embeddings_is_refused(make_drafter, tmp_path, tensors, message):
-    write_target(tmp_path, tensors, tie_word_embeddings=False)
-    with pytest.raises(CheckpointFormatError, match=message):
-        copy_target_embeddings(make_drafter(), tmp_path)
-
-
-def test_target_without_safetensors_is_refused(make_drafter, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointFormatError, match=r"has no \*\.safetensors"):
-        copy_target_embeddings(make_drafter(), tmp_path)
 
 
 def test_a_loaded_drafters_config_builds_nothing_it_was_not(make_drafter, target_config, tmp_path):

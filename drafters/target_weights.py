@@ -1,0 +1,120 @@
+"""What a new drafter takes from its target: embedding table, head and, if asked, whole layers to begin with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from drafters.backbone import BlockBackbone
+from drafters.drafter import Drafter
+
+
+class TargetWeightsError(ValueError):
+    """A target's folder lacks a tensor that the drafter needs, or has it in another shape."""
+
+
+class TargetWeights:
+    """The tensors in a target's safetensors, found by how their names end."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Read the names of all tensors; their values are read when asked for.
+
+        Raises:
+            TargetWeightsError: The folder has no readable safetensors.
+        """
+        self._folder = Path(folder)
+        self._homes: dict[str, Path] = {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self._homes.update(dict.fromkeys(file.keys(), path))
+            except (OSError, SafetensorError) as error:
+                raise TargetWeightsError(f"cannot read {path}: {error}") from error
+        if not self._homes:
+            raise TargetWeightsError(f"{self._folder} has no *.safetensors: convert its weights to safetensors")
+
+    def has(self, ending: str) -> bool:
+        """Whether a tensor's name ends so."""
+        return bool(self._names(ending))
+
+    def copy(self, ending: str, parameter: Tensor) -> None:
+        """Copy the one tensor whose name ends so into a parameter, in its dtype.
+
+        Raises:
+            TargetWeightsError: There is no such tensor, there are several, or the shape differs.
+        """
+        names = self._names(ending)
+        if len(names) != 1:
+            raise TargetWeightsError(f"{self._folder} must have one tensor named {ending}, it has: {names or 'none'}")
+        with safe_open(self._homes[names[0]], "pt") as file:
+            tensor = file.get_tensor(names[0])
+        if tensor.shape != parameter.shape:
+            raise TargetWeightsError(
+                f"{self._homes[names[0]]}: {names[0]} is {list(tensor.shape)}, but the drafter's is "
+                f"{list(parameter.shape)}: was the drafter built for this target?"
+            )
+        parameter.copy_(tensor)
+
+    def _names(self, ending: str) -> list[str]:
+        return [name for name in self._homes if name == ending or name.endswith("." + ending)]
+
+
+@torch.no_grad()
+def copy_target_embeddings(drafter: Drafter, target_folder: Path | str) -> None:
+    """Copy the target's embedding table and head into a drafter.
+
+    Raises:
+        TargetWeightsError: The folder has no safetensors, lacks a table, or its shape is not the drafter's.
+    """
+    weights, tied = TargetWeights(target_folder), _is_tied(Path(target_folder))
+    weights.copy("embed_tokens.weight", drafter.embed_tokens.weight)
+    if tied is False and not weights.has("lm_head.weight"):
+        raise TargetWeightsError(f"{target_folder}: no lm_head.weight, though tie_word_embeddings is false")
+    head = "embed_tokens.weight" if tied or not weights.has("lm_head.weight") else "lm_head.weight"
+    weights.copy(head, drafter.lm_head.weight)
+
+
+@torch.no_grad()
+def copy_target_layers(drafter: Drafter, target_folder: Path | str, layer_ids: Sequence[int]) -> None:
+    """Begin with layers of the target instead of random ones, one for each draft layer.
+
+    The target's layers already attend to the right places, which a random drafter takes most of its first thousand
+    steps to learn. Context enters as the deepest captured features, normed as the last of these layers expects them;
+    the other captured layers keep their small random weights in ``fc``.
+
+    Args:
+        drafter: Changed in place; everything but `fc`'s other columns, Markov and confidence head is replaced.
+        target_folder: Hugging Face folder of the target.
+        layer_ids: Target layers, one a draft layer, in order.
+
+    Raises:
+        TargetWeightsError: The drafter's layers are not the target's kind, or the target lacks one of these.
+    """
+    if not isinstance(drafter, BlockBackbone):
+        raise TargetWeightsError(f"the layers of {drafter.algorithm} are not the target's: unset warm_start_layers")
+    weights = TargetWeights(target_folder)
+    for layer, layer_id in zip(drafter.layers, layer_ids, strict=True):
+        for name, parameter in layer.named_parameters():
+            weights.copy(f"layers.{layer_id}.{name}", parameter)
+    weights.copy(f"layers.{layer_ids[-1]}.input_layernorm.weight", drafter.hidden_norm.get_parameter("weight"))
+    weights.copy("model.norm.weight", drafter.norm.get_parameter("weight"))
+    width = drafter.fc.weight.shape[0]
+    drafter.fc.weight[:, -width:] = torch.eye(width)
+
+
+def _is_tied(folder: Path) -> bool | None:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetWeightsError(f"cannot read {path}: {error}") from error
+    tied: bool | None = (config.get("text_config") or config).get(
+        "tie_word_embeddings", config.get("tie_word_embeddings")
+    )
+    return tied
