@@ -29,10 +29,10 @@ class LossSettings:
         confidence_head_alpha: Weight of the confidence loss.
     """
 
-    loss_decay_gamma: float = 4.0
-    ce_loss_alpha: float = 0.1
-    l1_loss_alpha: float = 0.9
-    confidence_head_alpha: float = 1.0
+    loss_decay_gamma: float
+    ce_loss_alpha: float
+    l1_loss_alpha: float
+    confidence_head_alpha: float
 
 
 class RowLosses(NamedTuple):

@@ -58,6 +58,15 @@ def find_algorithm(name: str) -> Algorithm:
     return _find(ALGORITHMS, name, "algorithm")
 
 
+def check_family(model_type: str) -> None:
+    """Check that targets of a model type can be drafted for, without importing anything.
+
+    Raises:
+        ValueError: There is no such family; the message lists those there are.
+    """
+    _find(FAMILIES, model_type, "family for target model type")
+
+
 def find_family(model_type: str) -> Family:
     """Import the family of a target's model type.
 

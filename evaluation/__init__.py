@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from evaluation.config import EvaluationConfig
     from evaluation.decode import SpeculativeOutput, greedy_generate, speculative_generate
     from evaluation.evaluator import Evaluator
-    from evaluation.report import Divergence, Report, read_report, write_report
+    from evaluation.report import Divergence, Report
 
 _HOMES = {
     "Divergence": "report",
@@ -21,9 +21,7 @@ _HOMES = {
     "Report": "report",
     "SpeculativeOutput": "decode",
     "greedy_generate": "decode",
-    "read_report": "report",
     "speculative_generate": "decode",
-    "write_report": "report",
 }
 
 __all__ = [
@@ -33,9 +31,7 @@ __all__ = [
     "Report",
     "SpeculativeOutput",
     "greedy_generate",
-    "read_report",
     "speculative_generate",
-    "write_report",
 ]
 
 

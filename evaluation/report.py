@@ -1,15 +1,11 @@
-"""What one evaluation found, as a record and as a file. No torch."""
+"""What one evaluation found. No torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from evaluation import metrics
 from services.contracts import Record
-
-REPORT_FILE = "report.json"
 
 
 class Divergence(Record):
@@ -96,18 +92,3 @@ def summarize(
         lossless=None if divergences is None else all(found.within_rounding for found in divergences),
         first_divergence=worst_first[0] if worst_first else None,
     )
-
-
-def write_report(report: Report, folder: Path) -> Path:
-    """Write `report.json` into a folder, which is made if need be; readers never see half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / REPORT_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def read_report(path: Path) -> Report:
-    """Read what `write_report` wrote."""
-    return Report.model_validate_json(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drafters.config import DrafterConfig
-from drafters.registry import find_algorithm
+from drafters.registry import check_family, find_algorithm
 from services.contracts import LastRows, TableSignature
 from services.errors import RecipeError
 from services.models import ModelShape, find_model, read_shape
@@ -31,12 +31,13 @@ def prepare(recipe: Recipe) -> Preparation:
 
     Raises:
         TargetError: The target's config cannot be found or read.
-        RecipeError: Layer ids or mask token do not fit the target, prompts are longer than the target's context, or
-            the buffer cannot hold what the trainer needs at once.
+        RecipeError: There is no drafter for such a target, layer ids or mask token do not fit it, prompts are longer
+            than the target's context, or the buffer cannot hold what the trainer needs at once.
     """
     folder = find_model(recipe.target.model, weights=False)
     shape = read_shape(folder)
     try:
+        check_family(shape.model_type)
         drafter: DrafterConfig = recipe.drafter.resolve(
             num_target_layers=shape.num_layers, vocab_size=shape.vocab_size, model_type=shape.model_type
         )
@@ -54,6 +55,11 @@ def prepare(recipe: Recipe) -> Preparation:
         hidden_size=shape.hidden_size,
         dtype=recipe.replay.wire_dtype,
     )
+    if recipe.replay.chunk < signature.context_row_bytes:
+        raise RecipeError(
+            f"replay.chunk {recipe.replay.chunk} cannot hold one token's features: {len(signature.layer_ids)} layers "
+            f"of width {signature.hidden_size} as {signature.dtype} are {signature.context_row_bytes} bytes; raise it"
+        )
     trainer = recipe.trainer
     # Each rank holds its prefetched micro-batches and the one it trains on, while the next one is being completed.
     samples_held = trainer.world_size * trainer.micro_batch_size * (trainer.prefetch + 2)

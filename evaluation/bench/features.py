@@ -8,6 +8,7 @@ the gap to the real run is what the target's context contributes.
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -55,28 +56,45 @@ class FeatureWorth(NamedTuple):
         }
 
 
-def measure_feature_worth(overrides: Sequence[str], say: Callable[[str], None]) -> FeatureWorth:
+def run_demo(output_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One run of the demo in a process of its own; if this one is interrupted, it stops in order.
+
+    Raises:
+        SlipstreamError: It failed; why stands on stderr.
+    """
+    command = [sys.executable, "-m", "trainer", "demo", "--json", "--output-dir", str(output_dir), *overrides]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise SlipstreamError(f"{shlex.join(command)} ended with exit code {process.returncode}")
+    summary: dict[str, Any] = json.loads(output)
+    return summary
+
+
+def measure_feature_worth(
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    run: Callable[[Path, Sequence[str]], dict[str, Any]] = run_demo,
+) -> FeatureWorth:
     """Run the demo twice, one run after the other, with the same seeds and steps.
 
     Args:
         overrides: `section.key=value` settings for both runs.
         say: Where progress goes.
+        run: Makes one run: output directory and overrides in, the JSON of `slipstream demo --json` out.
 
     Raises:
-        SlipstreamError: One of the runs failed.
+        SlipstreamError: One of the runs failed, or measured nothing.
     """
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
         say("run 1 of 2: features in place")
-        ordered = _demo(Path(folder) / "ordered", overrides)
+        ordered = run(Path(folder) / "ordered", overrides)
         say("run 2 of 2: features at permuted positions")
-        permuted = _demo(Path(folder) / "permuted", [*overrides, "drafter.permute_context=true"])
+        permuted = run(Path(folder) / "permuted", [*overrides, "drafter.permute_context=true"])
+    if ordered["accepted_length_end"] is None or permuted["accepted_length_end"] is None:
+        raise SlipstreamError("a run without evaluation has no τ to compare: leave evaluation.max_samples above 0")
     return FeatureWorth(ordered, permuted)
-
-
-def _demo(output_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "trainer", "demo", "--json", "--output-dir", str(output_dir), *overrides]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SlipstreamError(f"{' '.join(command)} ended with exit code {done.returncode}")
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary

@@ -1,6 +1,6 @@
 import pytest
 
-from evaluation.report import Divergence, read_report, summarize, write_report
+from evaluation.report import Divergence, summarize
 
 
 def divergence(sample, *, within_rounding):
@@ -62,14 +62,6 @@ def test_real_divergence_is_reported_before_rounding():
     found = report([divergence(0, within_rounding=True), divergence(1, within_rounding=False)])
     assert found.lossless is False
     assert found.first_divergence.sample == 1
-
-
-def test_report_file_reads_back(tmp_path):
-    written = report([divergence(1, within_rounding=False)])
-    path = write_report(written, tmp_path / "evaluation")
-    assert path.name == "report.json"
-    assert read_report(path) == written
-    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
 def test_no_round_is_refused():
