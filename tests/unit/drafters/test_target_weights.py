@@ -100,4 +100,10 @@ def test_layer_that_the_target_does_not_have_is_named(make_drafter, target_confi
 @pytest.mark.parametrize("layers", [(1,), (0, 6), (-1, 2)])
 def test_warm_start_layers_must_be_one_of_the_targets_for_each_draft_layer(target_config, layers):
     with pytest.raises(ValueError, match="warm_start_layers"):
-        build_drafter(target_config, num_draft_layers=2, mask_token_id=3, warm_start_layers=layers)
+        build_drafter(
+            target_config,
+            num_draft_layers=2,
+            target_layer_ids=(0, 2, 4),
+            mask_token_id=3,
+            warm_start_layers=layers,
+        )
