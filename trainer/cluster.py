@@ -21,6 +21,9 @@ PLACEMENT_DEADLINE_S = 60.0
 START_DEADLINE_S = 600.0
 """How long a placed actor may take to come up."""
 
+ANSWER_DEADLINE_S = 120.0
+"""How long a part may take to answer a question that needs no long work."""
+
 LOOK_S = 5.0
 """How often a wait for actors looks at its deadlines."""
 

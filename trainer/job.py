@@ -31,7 +31,7 @@ from services.replay.table import RedisTable
 from services.target.pool import TargetPool
 from services.telemetry import TelemetryReader
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
-from trainer.cluster import Part, ray_cluster, result_of, start_part, wait_started
+from trainer.cluster import ANSWER_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
 from trainer.evaluations import Evaluations
 from trainer.figures import TrainResult
@@ -47,9 +47,6 @@ POLL_S = 0.25
 
 LOAD_DEADLINE_S = 600.0
 """How long a target may take to load its weights."""
-
-ANSWER_DEADLINE_S = 120.0
-"""How long a part may take to answer a question that needs no long work."""
 
 LOOKAHEAD = 2
 """Captures in the work queue for each one that the shard pulls at once."""

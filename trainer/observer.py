@@ -12,14 +12,11 @@ from services.contracts import Event
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
 from services.telemetry import TelemetryReader
-from trainer.cluster import result_of
+from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.console import RunConsole, RunState
 
 PROGRESS_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
-
-ANSWER_DEADLINE_S = 60.0
-"""How long the coordinator may take to answer."""
 
 
 class Observer:

@@ -11,7 +11,7 @@ import ray
 
 from services.contracts import StepLease, StepReport, TableSignature
 from services.errors import DeadlineError
-from trainer.cluster import result_of
+from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.figures import TrainResult
 from trainer.recipe import Recipe
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 LEASE_DEADLINE_S = 600.0
 """How long the coordinator may take to grant a step: it may have to tokenise a long run of unusable prompts."""
-
-ANSWER_DEADLINE_S = 120.0
-"""How long the coordinator may take to answer a question that needs no waiting."""
 
 LEDGER_DEADLINE_S = 120.0
 """How long the coordinator may wait for the other ranks' reports of a step that is already done."""
