@@ -19,6 +19,10 @@ PROGRESS_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
 
 
+SMOOTHING_STEPS = 20
+"""Metrics on display are running means over about so many steps; the history keeps each step's own."""
+
+
 class Observer:
     """Turns what the parts report into one `RunState`, shows it, and appends it to the run's history."""
 
@@ -41,6 +45,7 @@ class Observer:
         self._coordinator = coordinator
         self._started_s = started_s
         self._next_progress_s = 0.0
+        self._num_steps = 0
         self._captured: tuple[float, int] | None = None
 
     def look(self) -> None:
@@ -91,7 +96,12 @@ class Observer:
             self._console.phase("training")
         self.state.step = record["step"]
         self.state.total_steps = record["total_steps"]
-        self.state.metrics = record["metrics"]
+        self._num_steps += 1
+        weight = 1 / min(self._num_steps, SMOOTHING_STEPS)
+        self.state.metrics = {
+            name: (1 - weight) * self.state.metrics.get(name, value) + weight * value
+            for name, value in record["metrics"].items()
+        }
         self.state.train_tokens_per_s = record["tokens_per_s"]
         self.state.wait_fraction = record["wait_fraction"]
 
