@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import wait_until
 
 MARK = "SLIPSTREAM_TEST_MARK"
 """Every descendant inherits this variable, so a run's processes are found wherever they have moved to."""
@@ -76,15 +76,7 @@ class Command:
 
     def assert_nothing_left(self, within_s: float) -> None:
         """Fail unless every process has ended within the time given."""
-        wait_until(lambda: not self.left_behind(), within_s, lambda: f"left behind: {self.left_behind()}")
-
-
-def wait_until(condition: Callable[[], bool], within_s: float, what: Callable[[], str]) -> None:
-    """Poll a condition; fail with `what()` when the time is over."""
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, what()
-        time.sleep(0.1)  # poll
+        wait_until(lambda: not self.left_behind(), lambda: f"left behind: {self.left_behind()}", within_s)
 
 
 @pytest.fixture

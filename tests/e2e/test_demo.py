@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Command, steps_done, wait_until
+from conftest import SMALL, Command, steps_done
+from waiting import wait_until
 
 from drafters import load_drafter
 
@@ -60,7 +61,7 @@ def test_demo_killed_half_way_leaves_nothing_and_resumes(slipstream: Start, tmp_
     output_dir = tmp_path / "slipstream-demo"
     arguments = ["demo", "--steps", "40", "--json", *SMALL]
     command = slipstream(*arguments)
-    wait_until(lambda: steps_done(output_dir) >= 17, 150, lambda: command.errors)
+    wait_until(lambda: steps_done(output_dir) >= 17, lambda: command.errors, 150)
     command.signal_group(signal.SIGKILL)
     command.process.wait()
     command.assert_nothing_left(within_s=15)
@@ -79,7 +80,7 @@ def test_demo_killed_half_way_leaves_nothing_and_resumes(slipstream: Start, tmp_
 def test_demo_interrupted_writes_a_checkpoint_and_says_how_to_resume(slipstream: Start, tmp_path: Path) -> None:
     output_dir = tmp_path / "slipstream-demo"
     command = slipstream("demo", "--steps", "1000", *SMALL)
-    wait_until(lambda: steps_done(output_dir) >= 7, 150, lambda: command.errors)
+    wait_until(lambda: steps_done(output_dir) >= 7, lambda: command.errors, 150)
     command.signal_group(signal.SIGINT)
     code, _ = command.result()
     assert code == 1
@@ -92,7 +93,7 @@ def test_demo_interrupted_writes_a_checkpoint_and_says_how_to_resume(slipstream:
 @pytest.mark.timeout(300)
 def test_interrupt_during_start_leaves_nothing(slipstream: Start, tmp_path: Path) -> None:
     command = slipstream("demo", "--steps", "1000", *SMALL)
-    wait_until(lambda: len(command.left_behind()) > 4, 60, lambda: command.errors)
+    wait_until(lambda: len(command.left_behind()) > 4, lambda: command.errors, 60)
     command.signal_group(signal.SIGINT)
     code, _ = command.result()
     assert code == 1

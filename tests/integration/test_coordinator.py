@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from waiting import wait_until
 
 from services.contracts import CaptureJob, Chunk, LastRows, Outcome, Sample, StepLease, StepReport, TableSignature
 from services.errors import (
@@ -193,13 +194,6 @@ def lease_of(coordinator: Coordinator, step: int, generation: int = 1) -> StepLe
                 raise
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what} did not happen within {DEADLINE_S} s"
-        time.sleep(0.005)
-
-
 def test_whole_plan_is_trained_and_balances(run: Run):
     coordinator = run.start(epochs=2)
     trained: list[int] = []
@@ -209,7 +203,7 @@ def test_whole_plan_is_trained_and_balances(run: Run):
         step += 1
     assert step - 1 == 5  # 20 uses, 4 a step
     assert sorted(trained) == list(range(20))
-    until(lambda: run.table.info().sealed, "the seal")
+    wait_until(lambda: run.table.info().sealed, "the seal")
     progress = coordinator.progress()
     assert (progress.planned, progress.trained, progress.captured, progress.recaptured) == (20, 20, 20, 0)
     # <start> user\n question_i <end> \n: 1 + 5 + 10 + 2 tokens; <start> assistant\n x… <end> \n: 1 + 10 + 20 + 2.
@@ -232,7 +226,7 @@ def test_whole_plan_is_trained_and_balances(run: Run):
 
 def test_work_queue_is_bounded_and_in_plan_order(run: Run):
     coordinator = run.start(lookahead_captures=3)
-    until(lambda: run.queue.size() == 3, "the queue's fill")
+    wait_until(lambda: run.queue.size() == 3, "the queue's fill")
     jobs = []
     while len(jobs) < 6:
         job = run.capture_one()
@@ -310,7 +304,7 @@ def test_failed_captures_are_retried_then_skipped(run: Run):
         )
         return coordinator.progress().skipped != {}
 
-    until(lambda: fail_first_in_line() or coordinator.progress().skipped != {}, "the skip")
+    wait_until(lambda: fail_first_in_line() or coordinator.progress().skipped != {}, "the skip")
     assert failed == [0, 1, 2, 3, 4]
     assert coordinator.progress().skipped == {"capture failed": 1}
     assert coordinator.progress().skip_examples == {"capture failed": "no target answered after 5 tries"}
@@ -398,7 +392,7 @@ def test_feeder_error_reaches_whoever_asks(run: Run):
         run.capture_one()  # makes room in the queue, so that another line is read
         return coordinator._error is not None
 
-    until(has_raised, "the feeder's error")
+    wait_until(has_raised, "the feeder's error")
     for call in (coordinator.progress, lambda: coordinator.step_lease(2, 1), lambda: coordinator.ledger_at(1, 1)):
         with pytest.raises(PromptError, match="the file was changed"):
             call()
@@ -438,7 +432,7 @@ def test_table_that_was_lost_ends_the_run_with_the_way_out(run: Run):
     run.table.destroy()
     run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
     with pytest.raises(TableLostError, match=r"Redis restarted empty.*Run the same command again"):
-        until(lambda: coordinator.progress() is None, "the coordinator's error")
+        wait_until(lambda: coordinator.progress() is None, "the coordinator's error")
 
 
 def test_no_heldout_source_gives_no_prompts(run: Run):

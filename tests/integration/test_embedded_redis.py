@@ -7,12 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import wait_until
 
 from services.errors import ReplayError, ReplayUnavailableError
 from services.replay import embedded as embedded_module
@@ -28,13 +28,6 @@ CAPACITY_BYTES = 10_000_000
 def embedded(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     with EmbeddedRedis.start(tmp_path, CAPACITY_BYTES) as running:
         yield running
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def server_of(supervisor_pid: int) -> psutil.Process:

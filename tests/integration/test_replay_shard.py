@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from waiting import wait_until
 
 from services.checksum import crc32c
 from services.contracts import CaptureJob, Chunk, SampleLease, TableSignature, TargetDescription, WireDtype
@@ -76,13 +77,6 @@ def features(job: CaptureJob) -> tuple[torch.Tensor, torch.Tensor]:
     context = torch.arange(job.num_tokens * 8).reshape(-1, 8) + 1000 * job.capture
     last = torch.arange(2 * 4).reshape(2, 4) - 1000 * job.capture
     return context.to(torch.bfloat16), last.to(torch.bfloat16)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {WAIT_S} s"
-        time.sleep(0.005)
 
 
 class FakeTarget:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from waiting import wait_until
 
 from services.checksum import crc32c, verify
 from services.codec import byte_view, decode
@@ -125,13 +125,6 @@ def _capture(
 def _expected(engine: TransformersEngine, job: CaptureJob, dtype: WireDtype = "fp32") -> CapturedFeatures:
     (features,) = engine.capture([CaptureInputs(job.input_ids, LAYER_IDS, job.last_rows, dtype)])
     return features
-
-
-def _wait_for(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def test_describe_through_the_client(client: TargetClient, engine: TransformersEngine) -> None:
@@ -397,7 +390,7 @@ def test_deadline_is_honoured_and_frees_the_slot(held: tuple[HeldEngine, Running
             list(client.capture(_job(6), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=0.3))
         assert engine.entered.acquire(timeout=WAIT_S)
         engine.proceed.release(100)
-        _wait_for(lambda: _answers_again(client), "a free slot after the deadline")
+        wait_until(lambda: _answers_again(client), "a free slot after the deadline")
 
 
 def test_cancelled_capture_frees_its_slot_while_it_computes(held: tuple[HeldEngine, RunningServer]) -> None:
@@ -409,7 +402,7 @@ def test_cancelled_capture_frees_its_slot_while_it_computes(held: tuple[HeldEngi
         call.cancel()
         # The pass of the cancelled call is still held, yet a new capture is let in and waits for its own pass.
         with ThreadPoolExecutor(1) as threads:
-            again = threads.submit(_wait_for, lambda: _answers_again(client), "a free slot after the cancellation")
+            again = threads.submit(wait_until, lambda: _answers_again(client), "a free slot after the cancellation")
             engine.proceed.release(1)
             assert engine.entered.acquire(timeout=WAIT_S)
             engine.proceed.release(1)
@@ -423,7 +416,7 @@ def test_capture_closed_mid_stream_frees_its_slot(folder: Path, engine: Transfor
         stream = client.capture(job, layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=WAIT_S)
         next(stream)
         stream.close()  # type: ignore[attr-defined]
-        _wait_for(lambda: _answers_again(client), "a free slot after the stream was closed")
+        wait_until(lambda: _answers_again(client), "a free slot after the stream was closed")
     running.stop()
 
 
@@ -539,7 +532,7 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
         addresses = pool.wait_ready(120.0)
         assert len(set(addresses)) == 2
         assert pool.describe() == engine.describe()
-        _wait_for(lambda: sorted(board.addresses) == sorted(addresses), "publication of both addresses")
+        wait_until(lambda: sorted(board.addresses) == sorted(addresses), "publication of both addresses")
         job = _job(8)
         for address in addresses:
             with TargetClient(address) as client:
@@ -551,12 +544,12 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
             client.describe(WAIT_S)
             process.suspend()  # so that the capture is surely under way when the process dies
             cut_off = threads.submit(_capture, client, job)
-            _wait_for(cut_off.running, "a capture under way")
+            wait_until(cut_off.running, "a capture under way")
             process.kill()
             with pytest.raises(TargetUnavailableError, match="UNAVAILABLE"):
                 cut_off.result(WAIT_S)
-        _wait_for(lambda: board.addresses == [addresses[1]], "publication without the dead target")
-        _wait_for(lambda: len(board.addresses) == 2, "the restart of the dead target", timeout_s=90.0)
+        wait_until(lambda: board.addresses == [addresses[1]], "publication without the dead target")
+        wait_until(lambda: len(board.addresses) == 2, "the restart of the dead target", timeout_s=90.0)
         (reborn,) = set(board.addresses) - {addresses[1]}
         assert reborn != addresses[0]
         with TargetClient(reborn) as client:
@@ -569,15 +562,15 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
 
         board.down = True
         seen: list[Event] = []
-        _wait_for(lambda: bool(seen.extend(pool.events()) or seen), "an event of the failed publication")
+        wait_until(lambda: bool(seen.extend(pool.events()) or seen), "an event of the failed publication")
         assert [event.kind for event in seen] == ["unpublished"]
         count, board.down = board.count, False
-        _wait_for(lambda: board.count > count, "publication after Redis came back")
+        wait_until(lambda: board.count > count, "publication after Redis came back")
     finally:
         pool.stop()
     for address in board.addresses:
         with TargetClient(address) as client:
-            _wait_for(lambda client=client: _is_down(client), "the end of a stopped target")  # type: ignore[misc]
+            wait_until(lambda client=client: _is_down(client), "the end of a stopped target")  # type: ignore[misc]
 
 
 def _is_down(client: TargetClient) -> bool:

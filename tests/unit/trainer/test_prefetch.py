@@ -1,8 +1,8 @@
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
+from waiting import wait_until
 
 from services.contracts import StepLease
 from services.errors import DeadlineError
@@ -38,13 +38,6 @@ class Counter:
         return self.made - 1
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
-
-
 def test_steps_come_in_order_with_their_micro_batches_until_end() -> None:
     source, counter = Steps(2, 1, 3), Counter()
     with Prefetcher(source, counter.load, depth=2, first_step=1, rank=0) as batches:
@@ -63,10 +56,10 @@ def test_resumed_run_asks_for_its_first_step_only() -> None:
 def test_thread_runs_ahead_by_the_depth_and_one() -> None:
     counter = Counter()
     with Prefetcher(Steps(100), counter.load, depth=3, first_step=1, rank=0) as batches:
-        wait_for(lambda: counter.made == 4)  # three wait in the queue, one is held by the thread
+        wait_until(lambda: counter.made == 4, "four batches made")  # three wait in the queue, one is held by the thread
         _, items = next(batches.steps())
         assert next(items) == 0
-        wait_for(lambda: counter.made == 5)
+        wait_until(lambda: counter.made == 5, "a fifth batch")
     assert counter.made == 5
 
 
