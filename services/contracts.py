@@ -221,3 +221,17 @@ class Event(Record):
     time_s: float
     kind: str
     message: str
+
+
+class TargetState(Record):
+    """What the driver knows of one target server."""
+
+    index: int
+    """Number of the server within its run; never given twice."""
+    state: Literal["pending", "loading", "serving", "silent", "draining", "failed"]
+    """pending: not placed yet. silent: served before and does not answer now, for instance while it restarts.
+    draining: published no more, its running captures may finish. failed: it will not come back by itself."""
+    address: str | None = None
+    """host:port where it serves or served last; None before it first served."""
+    message: str = ""
+    """Why it does not serve; for pending the resource that is missing."""

@@ -1,23 +1,14 @@
-"""The `slipstream` command. Arguments are parsed before anything heavy is imported, so `--help` is instant."""
+"""The `slipstream` command. Arguments are parsed before anything heavy is imported, so `--help` is instant.
+
+Here the commands of `trainer/commands` are put together; each module there is one group of them.
+"""
 
 from __future__ import annotations
 
-import json
-import shlex
-import signal
-import sys
-import time
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
-
 import typer
 
-if TYPE_CHECKING:
-    from trainer.console import RunConsole
-    from trainer.recipe import Recipe
-
-STARTED_S = time.time()
+from trainer.commands import bench
+from trainer.commands.run import demo, run
 
 app = typer.Typer(
     name="slipstream",
@@ -28,180 +19,11 @@ app = typer.Typer(
     help="Train drafters for speculative decoding on the hidden states of a live target: streamed, never stored.",
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks: each prints a ratio measured in one run.")
-app.add_typer(bench, name="bench")
-
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the recipe's: trainer.max_steps=100."),
-]
-OUTPUT_DIR_HELP = "Where checkpoints, ledger and telemetry go; a run that is there is resumed."
-
-
-@app.command()
-def demo(
-    overrides: OverridesArgument = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; the recipe's own number by default.")
-    ] = None,
-    output_dir: Annotated[Path, typer.Option(help=OUTPUT_DIR_HELP)] = Path("slipstream-demo"),
-    drafter: Annotated[str | None, typer.Option(help="Which drafter to train: dspark.")] = None,
-    no_dashboard: Annotated[
-        bool, typer.Option("--no-dashboard", help="Show progress in the terminal only (there is no page yet).")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Run the main job here and now: a tiny target, a local Ray, an embedded Redis. No GPU, no download.
-
-    Distils a drafter for a 2.4 M-parameter model of Python's standard library in a few minutes and shows how many
-    tokens a target forward yields before and after. Stop it at any time; the same command goes on where it stopped.
-    """
-    package_data = Path(__file__).parent / "demo"
-    options = {
-        "target.model": str(package_data / "target"),
-        "output_dir": str(output_dir),
-        "trainer.max_steps": steps,
-        "drafter.algorithm": drafter,
-    }
-    _run(package_data / "recipe.yaml", overrides or [], options, as_json=as_json, local_ray=True)
-
-
-@app.command()
-def run(
-    recipe: Annotated[
-        Path, typer.Argument(help="Recipe file (YAML); infra/recipes has one for each released drafter.")
-    ],
-    overrides: OverridesArgument = None,
-    output_dir: Annotated[Path | None, typer.Option(help=OUTPUT_DIR_HELP)] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the resolved recipe; start nothing.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a drafter as RECIPE says, on the running Ray cluster, or on a local Ray if there is none.
-
-    Resumes when the output directory holds the run already.
-
-    Example: slipstream run infra/recipes/dspark_qwen3_4b.yaml prompts.source=my.jsonl target.replicas=2
-    """
-    options = {"output_dir": str(output_dir) if output_dir else None}
-    _run(recipe, overrides or [], options, as_json=as_json, dry_run=dry_run)
-
-
-@bench.command("features")
-def bench_features(overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
-    """What the streamed features are worth: the demo against the same run with their positions permuted."""
-    from evaluation.bench.features import measure_feature_worth
-    from services.errors import SlipstreamError
-    from trainer.console import RunConsole
-
-    console = RunConsole(to_stderr=True)
-    try:
-        worth = measure_feature_worth(overrides or [], console.say)
-    except SlipstreamError as error:
-        _fail(console, str(error), error.exit_code)
-    if as_json:
-        print(json.dumps(worth.as_json()))
-        return
-    for name, run in (("in place", worth.ordered), ("permuted", worth.permuted)):
-        low, high = run["accepted_length_end_interval"]
-        print(f"features {name}: τ {run['accepted_length_end']:.2f} (95 % interval {low:.2f} – {high:.2f})")
-    verdict = "apart" if worth.intervals_apart else "NOT apart"
-    print(f"ratio {worth.ratio:.2f}, intervals {verdict}; {worth.as_json()['hardware']}")
+app.command()(demo)
+app.command()(run)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
     """Entry point of the console command."""
     app()
-
-
-def _run(
-    path: Path,
-    overrides: list[str],
-    options: dict[str, Any],
-    *,
-    as_json: bool,
-    local_ray: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Run a recipe. `options` that are None were not given; where both are, an override wins."""
-    from services.errors import SlipstreamError
-    from trainer.console import RunConsole, summary_table
-    from trainer.recipe import load_recipe
-
-    console = RunConsole(to_stderr=as_json)
-    try:
-        recipe = load_recipe(path, overrides, {key: value for key, value in options.items() if value is not None})
-        if dry_run:
-            _show_plan(recipe, console, as_json=as_json)
-            return
-        from trainer.job import run_job  # imports Ray
-
-        _stop_on_sigterm()
-        with console:
-            summary = run_job(recipe, console, local_ray=local_ray, started_s=STARTED_S)
-    except SlipstreamError as error:
-        _fail(console, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        command = shlex.join(["slipstream", *sys.argv[1:]])
-        _fail(console, f"stopped; to go on from the last checkpoint run the same command again:\n  {command}", 1)
-    if as_json:
-        print(summary.model_dump_json())
-    else:
-        console.say(summary_table(summary))
-        console.say(_next_steps(summary.checkpoint, summary.output_dir))
-    if not summary.ledger.balanced:
-        problems = "; ".join(summary.ledger.problems)
-        _fail(console, f"the ledger of {summary.output_dir} does not balance: {problems}", 1)
-    if summary.lossless is False:
-        _fail(console, "greedy output with the drafter differs from the target's own: decoding is not lossless", 1)
-
-
-def _show_plan(recipe: Recipe, console: RunConsole, *, as_json: bool) -> None:
-    """What a run of this recipe would do, without starting anything."""
-    import yaml
-
-    from trainer.preparation import prepare
-    from trainer.summary import format_bytes
-
-    prepared = prepare(recipe)
-    resolved = prepared.recipe.model_dump(mode="json")
-    row_bytes = prepared.signature.sample_bytes(1, 1)
-    if as_json:
-        figures = {"bytes_per_token": row_bytes, "needed_buffer_bytes": prepared.needed_buffer_bytes}
-        print(json.dumps({"recipe": resolved, **figures}))
-        return
-    console.say(yaml.safe_dump(resolved, sort_keys=False).rstrip())
-    console.say(
-        f"\ntarget: {prepared.shape.num_layers} layers of width {prepared.shape.hidden_size}, "
-        f"vocabulary {prepared.shape.vocab_size}, fingerprint {prepared.shape.fingerprint}"
-    )
-    console.say(
-        f"features: {format_bytes(row_bytes)} a token, layers {list(prepared.signature.layer_ids)} and the last"
-    )
-    console.say(
-        f"buffer: {format_bytes(recipe.replay.capacity)}, at least {format_bytes(prepared.needed_buffer_bytes)} needed"
-    )
-
-
-def _next_steps(checkpoint: str, output_dir: str) -> str:
-    return (
-        f"\nThe drafter is a Hugging Face folder: load it with drafters.load_drafter({checkpoint!r}).\n"
-        f"Train longer: the same command with more steps goes on from here. Start anew: remove {output_dir}.\n"
-        "Your own target and prompts: slipstream run infra/recipes/dspark_qwen3_4b.yaml prompts.source=your.jsonl"
-    )
-
-
-def _stop_on_sigterm() -> None:
-    """Let SIGTERM end a run the way Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-def _fail(console: RunConsole, message: str, exit_code: int) -> NoReturn:
-    console.error(message)
-    raise typer.Exit(exit_code)

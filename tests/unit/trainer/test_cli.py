@@ -61,7 +61,7 @@ class FakeJob:
 def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(summary())
     monkeypatch.setattr(trainer.job, "run_job", fake)
-    monkeypatch.setattr("trainer.cli._stop_on_sigterm", lambda: None)
+    monkeypatch.setattr("trainer.commands.run._stop_on_sigterm", lambda: None)
     return fake
 
 

@@ -1,0 +1,33 @@
+"""`slipstream bench`: benchmarks, each of which prints a ratio measured in one run."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from trainer.commands.options import JsonOption, OverridesArgument, fail
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: each prints a ratio measured in one run.")
+
+
+@app.command("features")
+def bench_features(overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """What the streamed features are worth: the demo against the same run with their positions permuted."""
+    from evaluation.bench.features import measure_feature_worth
+    from services.errors import SlipstreamError
+    from trainer.console import RunConsole
+
+    console = RunConsole(to_stderr=True)
+    try:
+        worth = measure_feature_worth(overrides or [], console.say)
+    except SlipstreamError as error:
+        fail(console, str(error), error.exit_code)
+    if as_json:
+        print(json.dumps(worth.as_json()))
+        return
+    for name, run in (("in place", worth.ordered), ("permuted", worth.permuted)):
+        low, high = run["accepted_length_end_interval"]
+        print(f"features {name}: τ {run['accepted_length_end']:.2f} (95 % interval {low:.2f} – {high:.2f})")
+    verdict = "apart" if worth.intervals_apart else "NOT apart"
+    print(f"ratio {worth.ratio:.2f}, intervals {verdict}; {worth.as_json()['hardware']}")

@@ -1,0 +1,29 @@
+"""What several commands share: option types, and how a command fails. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from trainer.console import RunConsole
+
+STARTED_S = time.time()
+"""Wall-clock time at which the command began."""
+
+OUTPUT_DIR_HELP = "Where checkpoints, ledger and telemetry go; a run that is there is resumed."
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the recipe's: trainer.max_steps=100."),
+]
+
+
+def fail(console: RunConsole, message: str, exit_code: int) -> NoReturn:
+    """Say what went wrong and end the command."""
+    console.error(message)
+    raise typer.Exit(exit_code)
