@@ -30,6 +30,9 @@ class DrafterConfig(BaseModel):
     ce_loss_alpha: float = Field(0.1, ge=0, description="weight of the cross-entropy against the labels")
     l1_loss_alpha: float = Field(0.9, ge=0, description="weight of the L1 distance to the target's distribution")
     confidence_head_alpha: float = Field(1.0, ge=0, description="weight of the confidence loss")
+    loss: Literal["fused", "plain"] = Field(
+        "fused", description="how the loss is computed: in chunks that need little memory, or all at once, to compare"
+    )
     warm_start_layers: tuple[int, ...] | None = Field(
         None,
         min_length=1,

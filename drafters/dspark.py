@@ -17,7 +17,16 @@ from drafters.confidence import ConfidenceHead
 from drafters.config import DrafterConfig
 from drafters.drafter import GREEDY_BELOW, Proposal, TrainingOutput
 from drafters.families.family import Family
-from drafters.losses import LossSettings, confidence_loss, normalizer, row_losses, slot_weights
+from drafters.fused_loss import fused_loss
+from drafters.losses import (
+    LossSettings,
+    RowInputs,
+    Vocabulary,
+    confidence_loss,
+    normalizer,
+    plain_loss,
+    slot_weights,
+)
 from drafters.markov import MarkovHead, build_markov_head
 from drafters.metrics import MetricSums, Reduce, add_acceptance, add_confidence, add_coverage, keep_local
 
@@ -98,47 +107,46 @@ class DSparkDrafter(BlockBackbone):
             anchors = draw_anchors(batch.loss_mask, self.settings.num_anchors, generators)
         drawn = Anchors(anchors[0].to(device, torch.long), anchors[1].to(device, torch.bool))
         slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.block_size)
-        rows = slots.eval_mask
-        weights = slot_weights(rows, sample_weights, alphas.loss_decay_gamma)
+        weights = slot_weights(slots.eval_mask, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
 
         outputs = self._run_heads(self.block_hidden(batch, drawn, generators), batch, drawn, slots.labels)
-        scored = rows if not return_logits else torch.ones_like(rows)
-        draft_logits, target_logits = self._logits(outputs, batch, slots, scored)
-        counted = rows[scored]
-        terms = row_losses(draft_logits[counted], target_logits[counted], slots.labels[rows])
-
+        rows = _rows(outputs, batch, slots, weights, alphas, denominator)
+        plain = return_logits or self.settings.loss == "plain"
+        loss, terms = (plain_loss if plain else fused_loss)(rows, self.vocabulary)
+        counted = weights > 0
         losses = {"ce_loss": (terms.cross_entropy, alphas.ce_loss_alpha)}
         if alphas.l1_loss_alpha:
             losses["l1_loss"] = (terms.l1, alphas.l1_loss_alpha)
         if outputs.confidence is not None:
-            term = confidence_loss(outputs.confidence[rows], terms.acceptance)
-            losses["confidence_loss"] = (term, alphas.confidence_head_alpha)
-        sums = {name: (term * weights[rows]).sum() for name, (term, _) in losses.items()}
-        loss = sum(alpha * sums[name] for name, (_, alpha) in losses.items()) / denominator
+            term = confidence_loss(outputs.confidence[counted], terms.acceptance)
+            losses["confidence_loss"] = (term.detach(), alphas.confidence_head_alpha)
+            loss = loss + alphas.confidence_head_alpha * (term * weights[counted]).sum() / denominator
 
         metrics = MetricSums()
-        for name, total in sums.items():
-            metrics.add(name, total, weights.sum())
-        acceptance = torch.zeros_like(weights).masked_scatter(rows, terms.acceptance)
-        add_acceptance(metrics, acceptance, rows, sample_weights)
+        for name, (term, _) in losses.items():
+            metrics.add(name, (term * weights[counted]).sum(), weights.sum())
+        acceptance = torch.zeros_like(weights).masked_scatter_(counted, terms.acceptance)
+        add_acceptance(metrics, acceptance, slots.eval_mask, sample_weights)
         if outputs.confidence is not None:
-            add_confidence(metrics, outputs.confidence.float().sigmoid() * rows, acceptance, weights)
+            confidence = outputs.confidence.detach().float().sigmoid() * slots.eval_mask
+            add_confidence(metrics, confidence, acceptance, weights)
         candidates = anchor_candidates(batch.loss_mask)
-        add_coverage(metrics, candidates, drawn.keep, rows, sample_weights, self.settings.num_anchors)
+        add_coverage(metrics, candidates, drawn.keep, slots.eval_mask, sample_weights, self.settings.num_anchors)
         means = metrics.means(reduce)
         means["loss"] = sum(alpha * means[name] for name, (_, alpha) in losses.items())
-
         if not return_logits:
             return TrainingOutput(loss, means)
+        states = _target_states(batch, slots, torch.ones_like(slots.eval_mask))
+        shape = (*slots.eval_mask.shape, -1)
         return TrainingOutput(
             loss,
             means,
-            draft_logits=draft_logits.view(*rows.shape, -1),
+            draft_logits=self.vocabulary.draft_logits(outputs.hidden, outputs.latent),
             target_ids=slots.labels,
-            eval_mask=rows,
+            eval_mask=slots.eval_mask,
             confidence_pred=outputs.confidence,
-            aligned_target_logits=target_logits.view(*rows.shape, -1),
+            aligned_target_logits=self.vocabulary.target_logits(states).view(shape),
         )
 
     @torch.no_grad()
@@ -194,13 +202,39 @@ class DSparkDrafter(BlockBackbone):
             confidence = self.confidence_head(hidden, embedded)
         return SlotOutputs(hidden, latent, confidence)
 
-    def _logits(self, outputs: SlotOutputs, batch: FeatureBatch, slots: Slots, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of draft and target in the slots that `scored` [B, A, γ] marks: [N, V] each, the target's detached."""
-        draft_logits = self.lm_head(outputs.hidden[scored])
-        if self.markov_head is not None and outputs.latent is not None:
-            draft_logits = draft_logits + self.markov_head.bias(outputs.latent[scored])
-        with torch.no_grad():
-            samples = torch.arange(len(scored), device=scored.device)[:, None, None].expand_as(scored)
-            states = batch.target_last_hidden_states[samples[scored], slots.target_rows[scored]]
-            target_logits = self.lm_head(states.to(self.lm_head.weight.dtype))
-        return draft_logits, target_logits
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What makes logits of the backbone's output, and of the target's last hidden state."""
+        return Vocabulary(
+            head=self.lm_head.weight,
+            markov=None if self.markov_head is None else self.markov_head.markov_w2.weight,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+
+def _rows(
+    outputs: SlotOutputs,
+    batch: FeatureBatch,
+    slots: Slots,
+    weights: Tensor,
+    alphas: LossSettings,
+    denominator: Tensor,
+) -> RowInputs:
+    """The slots whose weight [B, A, γ] is not zero, as rows of the loss."""
+    counted = weights > 0
+    chosen = counted.flatten().nonzero().squeeze(1)
+    normalized = weights[counted] / denominator
+    return RowInputs(
+        hidden=outputs.hidden.flatten(0, 2).index_select(0, chosen),
+        latent=None if outputs.latent is None else outputs.latent.flatten(0, 2).index_select(0, chosen),
+        labels=slots.labels[counted],
+        target_states=_target_states(batch, slots, counted),
+        ce_weights=alphas.ce_loss_alpha * normalized,
+        l1_weights=alphas.l1_loss_alpha * normalized,
+    )
+
+
+def _target_states(batch: FeatureBatch, slots: Slots, chosen: Tensor) -> Tensor:
+    """Rows of the target's last hidden state that predict the labels of the slots in `chosen` [B, A, γ]: [N, D]."""
+    samples = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand_as(chosen)
+    return batch.target_last_hidden_states[samples[chosen], slots.target_rows[chosen]]

@@ -116,7 +116,7 @@ class Recipe(BaseModel):
         """The settings that a resumed run must share with the run it resumes: what is trained on what."""
         return {
             "target": self.target.model,
-            "drafter": self.drafter.model_dump(mode="json"),
+            "drafter": self.drafter.model_dump(mode="json", exclude={"loss"}),
             "prompts": self.prompts.model_dump(mode="json", exclude={"heldout", "strict"}),
             "reuse": self.replay.reuse,
             "global_batch_size": self.trainer.global_batch_size,
