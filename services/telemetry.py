@@ -1,17 +1,32 @@
 """The metric stream: small records that anyone may read and nobody waits for.
 
 A writer hands records to a thread through a bounded queue; what does not fit, or cannot be sent, is dropped and
-counted. The stream in Redis keeps the newest records; the run's own history lies in its output directory.
-"""
+counted. The stream in Redis keeps the newest records. The driver reads it and hands every record to its `Journal`:
+one sink keeps the run's history in its output directory, others turn it into other views.
+
+| kind | when | fields |
+|---|---|---|
+| `run` | an attempt starts | `run_id`, `name`, `attempt`, `resumed_from_step`, `target`, `algorithm`, `block_size`, `reuse`, `total_steps`, `command` |
+| `step` | an optimizer step is done | `step`, `total_steps`, `metrics`, `learning_rate`, `samples`, `tokens`, `tokens_per_s`, `wait_s`, `step_s`, `wait_fraction` |
+| `figures` | about once a second | `phase`, `step`, `tokens_captured`, `tokens_trained`, `capture_tokens_per_s`, `resident_bytes`, `peak_bytes`, `capacity_bytes`, `targets` |
+| `event` | a restart, a skip, a scaling | `event` (its kind), `message` |
+| `evaluation` | a checkpoint was decoded with | `label`, `step`, `accepted_length`, `interval`, `accept_rate`, `lossless` |
+| `end` | an attempt ends in order | `outcome` (`finished`, `stopped`, `failed`), `message` |
+
+Each also has `kind` and `time_s` (wall clock). A resumed run appends to the history of the attempt before.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Protocol, Self
 
 import redis
 
@@ -29,6 +44,71 @@ BLOCK_MS_LIMIT = 5_000
 """Longest blocking read; the connection's own time-out must not pass first."""
 
 FIELD = b"record"
+
+RunOutcome = Literal["finished", "stopped", "failed"]
+"""How an attempt ended, in its `end` record."""
+
+
+class Sink(Protocol):
+    """Takes the records of a run, in the driver's thread: what is slow or can fail belongs in a thread of its own."""
+
+    def take(self, record: dict[str, Any]) -> None:
+        """One record, with `kind` and `time_s`; read it, do not change it."""
+        ...
+
+    def close(self) -> None:
+        """No record follows."""
+        ...
+
+
+class HistoryFile:
+    """The sink that keeps a run's history: JSON lines, each written whole as it comes.
+
+    Args:
+        path: The file; what earlier attempts wrote stays. A line that a killed attempt left half-written is ended, so
+            that it costs a reader that line alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            os.write(self._file, b"\n")
+
+    def take(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        os.write(self._file, json.dumps(record, separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+class Journal:
+    """Hands every record of a run to all sinks, in order."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def take(self, record: dict[str, Any]) -> None:
+        """One record, as it is."""
+        for sink in self._sinks:
+            sink.take(record)
+
+    def write(self, kind: str, *, time_s: float | None = None, **fields: Any) -> None:
+        """Make a record and hand it on.
+
+        Args:
+            kind: See the module's table.
+            time_s: Wall clock; now by default.
+            **fields: What JSON can hold.
+        """
+        self.take({"kind": kind, "time_s": time.time() if time_s is None else time_s, **fields})
+
+    def close(self) -> None:
+        """Close every sink. Again: nothing happens."""
+        while self._sinks:
+            self._sinks.pop(0).close()
 
 
 class TelemetryWriter:

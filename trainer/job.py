@@ -10,6 +10,7 @@ The driver carries no tensors: it places actors, reads telemetry and ends everyt
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from services.replay.registry import TargetRegistry
 from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.target.pool import TargetPool
-from services.telemetry import TelemetryReader
+from services.telemetry import HistoryFile, Journal, RunOutcome, TelemetryReader
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
 from trainer.cluster import ANSWER_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
@@ -124,6 +125,7 @@ class Job:
         self._registry = TargetRegistry(self._redis, table_prefix(output))
         self._pool = TargetPool(self._recipe.target, self._publish_targets)
         self._evaluations = Evaluations(self._recipe, output.evaluations)
+        self._journal = Journal([HistoryFile(output.telemetry)])
         self._parts: list[Part] = []
         self._heldout: list[list[int]] = []
         self._training: dict[Any, str] = {}
@@ -133,8 +135,10 @@ class Job:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         with contextlib.ExitStack() as stack:  # whatever fails, or is interrupted, the rest still happens
+            stack.callback(self._journal.close)
+            stack.callback(self._write_end, error)
             stack.callback(self._redis.close)
             stack.callback(self._destroy_table)
             stack.callback(self._pool.stop)
@@ -144,13 +148,23 @@ class Job:
     def start(self) -> None:
         """Place every part and let the ranks begin."""
         recipe, signature = self._recipe, self._prepared.signature
-        self._console.phase("starting target, replay shard, coordinator and trainer")
+        self._write_run()
         self._evaluations.check()
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
         self._table.create(recipe.replay.capacity, signature, recipe.replay.reuse)
         self._table.set_generation(self._output.attempt)
         self._pool.start()
         self._coordinator = self._start_coordinator()
+        self._observer = Observer(
+            self._console,
+            self._journal,
+            TelemetryReader(self._redis, table_prefix(self._output)),
+            self._table,
+            self._coordinator,
+            self._pool.states,
+            self._started_s,
+        )
+        self._observer.phase("starting target, replay shard, coordinator and trainer")
         shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
         ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
         wait_started(self._parts)
@@ -161,20 +175,12 @@ class Job:
         self._shard_run = shard.run.remote()
         store = result_of(ranks[0].open_store.remote(), "trainer rank 0", timeout_s=ANSWER_DEADLINE_S)
         self._training = {actor.train.remote(store): f"trainer rank {rank}" for rank, actor in enumerate(ranks)}
-        self._observer = Observer(
-            self._console,
-            self._output.telemetry,
-            TelemetryReader(self._redis, table_prefix(self._output)),
-            self._table,
-            self._coordinator,
-            self._started_s,
-        )
         if self._resume:
             self._console.say(f"resumed from {self._resume}")
 
     def watch(self) -> None:
         """Follow the run until every rank has finished; raises what a part died of."""
-        self._console.phase("filling the replay buffer")
+        self._observer.phase("filling the replay buffer")
         while self._training:
             done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
             for future in done:
@@ -200,6 +206,7 @@ class Job:
         while under_way and time.monotonic() < deadline_s:
             _, under_way = ray.wait(under_way, num_returns=len(under_way), timeout=POLL_S)
             self._observer.look()
+        self._observer.drain()
         if under_way:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
@@ -244,6 +251,33 @@ class Job:
         )
         replace_text(self._output.summary, summary.model_dump_json(indent=2) + "\n")
         return summary
+
+    def _write_run(self) -> None:
+        recipe, trainer = self._recipe, self._recipe.trainer
+        self._journal.write(
+            "run",
+            run_id=self._output.run_id,
+            name=recipe.name,
+            attempt=self._output.attempt,
+            resumed_from_step=checkpoint_step(self._resume) if self._resume else None,
+            target=recipe.target.model,
+            algorithm=recipe.drafter.algorithm,
+            block_size=recipe.drafter.block_size,
+            reuse=recipe.replay.reuse,
+            total_steps=trainer.max_steps,
+            command=shlex.join(["slipstream", *sys.argv[1:]]),
+        )
+
+    def _write_end(self, error: BaseException | None) -> None:
+        outcome: RunOutcome = "failed"
+        message = str(error)
+        if error is None:
+            outcome, message = "finished", "the run is done"
+        elif isinstance(error, KeyboardInterrupt):
+            outcome, message = "stopped", "stopped; the same command goes on from the last checkpoint"
+        elif not isinstance(error, SlipstreamError):  # a defect: its traceback is in the terminal
+            message = f"{type(error).__name__}: {message.rstrip().rpartition(chr(10))[2]}"
+        self._journal.write("end", outcome=outcome, message=message)
 
     def _start(self, cls: type, *args: Any, **options: Any) -> Any:
         part = start_part(cls, *args, **options)
@@ -314,12 +348,13 @@ class Job:
 
     def _evaluate(self, trained: Path) -> None:
         """Have both ends of the training measured, unless they are."""
-        self._console.phase("decoding held-out prompts with the trained drafter")
+        self._observer.phase("decoding held-out prompts with the trained drafter")
         self._evaluations.request(self._untrained, self._heldout)
         self._evaluations.request(trained, self._heldout)
         self._evaluations.wait_started()
         while not self._evaluations.is_idle:
             self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
+            self._observer.beat()
 
     def _ask_coordinator(self, question: str, *args: Any) -> Any:
         answer = getattr(self._coordinator, question).remote(*args)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.report import Report
-from services.contracts import Event
+from services.contracts import Event, TargetState
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
-from services.telemetry import TelemetryReader
+from services.telemetry import Journal, TelemetryReader
+from trainer.checkpoint import checkpoint_step
 from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.console import RunConsole, RunState
 
-PROGRESS_S = 1.0
+FIGURES_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
 
 
@@ -24,76 +25,126 @@ SMOOTHING_STEPS = 20
 
 
 class Observer:
-    """Turns what the parts report into one `RunState`, shows it, and appends it to the run's history."""
+    """Turns what the parts report into one `RunState`, shows it, and hands it to the run's journal as records.
+
+    Args:
+        console: Where the run is shown in the terminal.
+        journal: Takes every record, those of the ranks and those made here (`services.telemetry` lists the kinds).
+        telemetry: The ranks' and shards' records.
+        table: The run's table, for its bytes.
+        coordinator: Its actor, for the ledger's figures.
+        targets: What each target does now.
+        started_s: Wall-clock time at which the user's command began.
+    """
 
     def __init__(
         self,
         console: RunConsole,
-        history: Path,
+        journal: Journal,
         telemetry: TelemetryReader,
         table: RedisTable,
         coordinator: Any,
+        targets: Callable[[], Sequence[TargetState]],
         started_s: float,
     ) -> None:
-        self.state = RunState(capacity_bytes=table.info().capacity_bytes)
+        info = table.info()
+        self.state = RunState(capacity_bytes=info.capacity_bytes)
         self.events: list[Event] = []
         self.first_step_s: float | None = None
         self._console = console
-        self._history = history
+        self._journal = journal
         self._telemetry = telemetry
         self._table = table
         self._coordinator = coordinator
+        self._targets = targets
         self._started_s = started_s
-        self._next_progress_s = 0.0
+        self._phase = "starting"
+        self._peak_bytes = info.peak_bytes
+        self._next_figures_s = 0.0
         self._num_steps = 0
         self._captured: tuple[float, int] | None = None
 
+    def phase(self, text: str) -> None:
+        """Show what the run does now."""
+        self._phase = text
+        self._console.phase(text)
+        self._write_figures()
+
     def look(self) -> None:
-        """Read what is new and show it."""
-        records = self._telemetry.read(block_ms=0)
-        self._remember(records)
-        for record in records:
-            if record["kind"] == "step":
-                self._read_step(record)
-            elif record["kind"] == "event":
-                self.report(Event(time_s=record["time_s"], kind=record["event"], message=record["message"]))
+        """Read what is new and show it.
+
+        Raises:
+            ReplayUnavailableError: Redis does not answer.
+            DeadlineError: The coordinator does not.
+        """
+        self.drain()
         now_s = time.monotonic()
-        if now_s >= self._next_progress_s:
-            self._next_progress_s = now_s + PROGRESS_S
+        if now_s >= self._next_figures_s:
+            self._next_figures_s = now_s + FIGURES_S
             self._read_figures(now_s)
+            self._write_figures()
         self._console.update(self.state)
 
+    def beat(self) -> None:
+        """Where table and coordinator have done their work: say about once a second that the run is alive."""
+        now_s = time.monotonic()
+        if now_s >= self._next_figures_s:
+            self._next_figures_s = now_s + FIGURES_S
+            self._write_figures()
+        self._console.update(self.state)
+
+    def drain(self) -> None:
+        """Take in the records that have come since the last time.
+
+        Raises:
+            ReplayUnavailableError: Redis does not answer.
+        """
+        for record in self._telemetry.read(block_ms=0):
+            if record["kind"] == "event":
+                self.report(Event(time_s=record["time_s"], kind=record["event"], message=record["message"]))
+                continue
+            self._journal.take(record)
+            if record["kind"] == "step":
+                self._read_step(record)
+
     def report(self, event: Event) -> None:
-        """Show an event and keep it for the summary."""
+        """Show an event, record it, and keep it for the summary."""
         self.events.append(event)
+        self._journal.write("event", time_s=event.time_s, event=event.kind, message=event.message)
         self._console.event(event)
 
     def show_reports(self, reports: list[Report]) -> None:
-        """Show decoded τ that has come in."""
+        """Show and record decoded τ that has come in."""
         for report in reports:
             self.state.accepted.append((report.label, report.accepted_length))
+            self._journal.write(
+                "evaluation",
+                label=report.label,
+                step=checkpoint_step(Path(report.checkpoint)),
+                accepted_length=report.accepted_length,
+                interval=report.interval,
+                accept_rate=report.accept_rate,
+                lossless=report.lossless,
+            )
             low, high = report.interval
             self._console.say(f"decoded τ of {report.label}: {report.accepted_length:.2f} ({low:.2f} – {high:.2f})")
 
     def progress(self) -> Progress:
-        """The coordinator's figures now.
+        """The coordinator's figures now; the state takes them over.
 
         Raises:
             DeadlineError: It does not answer.
         """
         future = self._coordinator.progress.remote()
         progress: Progress = result_of(future, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+        self.state.tokens_captured = progress.tokens_captured
+        self.state.tokens_trained = progress.tokens_trained
         return progress
-
-    def _remember(self, records: list[dict[str, Any]]) -> None:
-        if records:
-            with self._history.open("a") as history:
-                history.write("".join(json.dumps(record) + "\n" for record in records))
 
     def _read_step(self, record: dict[str, Any]) -> None:
         if self.first_step_s is None:
             self.first_step_s = record["time_s"] - self._started_s
-            self._console.phase("training")
+            self.phase("training")
         self.state.step = record["step"]
         self.state.total_steps = record["total_steps"]
         self._num_steps += 1
@@ -111,6 +162,20 @@ class Observer:
             then_s, then_tokens = self._captured
             self.state.capture_tokens_per_s = (progress.tokens_captured - then_tokens) / (now_s - then_s)
         self._captured = (now_s, progress.tokens_captured)
-        self.state.tokens_captured = progress.tokens_captured
-        self.state.tokens_trained = progress.tokens_trained
         self.state.resident_bytes = info.resident_bytes
+        self._peak_bytes = info.peak_bytes
+
+    def _write_figures(self) -> None:
+        state = self.state
+        self._journal.write(
+            "figures",
+            phase=self._phase,
+            step=state.step,
+            tokens_captured=state.tokens_captured,
+            tokens_trained=state.tokens_trained,
+            capture_tokens_per_s=state.capture_tokens_per_s,
+            resident_bytes=state.resident_bytes,
+            peak_bytes=self._peak_bytes,
+            capacity_bytes=state.capacity_bytes,
+            targets=[target.model_dump(mode="json") for target in self._targets()],
+        )

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
-from services.contracts import Event, TargetDescription
+from services.contracts import Event, TargetDescription, TargetState
 from services.errors import DeadlineError, PlacementError, SlipstreamError, TargetError
 from services.target.actor import TargetServer
 from services.target.config import TargetConfig
@@ -158,6 +158,11 @@ class TargetPool:
         with self._changed:
             return [replica.address for replica in self._replicas if replica.address]
 
+    def states(self) -> list[TargetState]:
+        """What each target does right now, in order of their numbers."""
+        with self._changed:
+            return [_state(replica) for replica in self._replicas]
+
     def events(self) -> list[Event]:
         """What happened since the last call: `restart`, `gone`, `failed`, `unpublished`; oldest first."""
         with self._changed:
@@ -295,6 +300,18 @@ class TargetPool:
     def _record(self, kind: str, message: str) -> None:
         with self._changed:
             self._events.append(Event(time_s=time.time(), kind=kind, message=message))
+
+
+def _state(replica: _Replica) -> TargetState:
+    """The watcher's knowledge as a record."""
+    message = str(replica.failure or "")
+    if replica.address:
+        return TargetState(index=replica.index, state="serving", address=replica.address)
+    if replica.is_dead:
+        return TargetState(index=replica.index, state="failed", address=replica.last_address, message=message)
+    if replica.last_address:
+        return TargetState(index=replica.index, state="silent", address=replica.last_address, message=message)
+    return TargetState(index=replica.index, state="loading" if replica.is_placed else "pending", message=message)
 
 
 def _cause(error: RayTaskError, model: str) -> SlipstreamError:
