@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from drafters.anchors import Anchors, anchor_candidates, block_inputs, block_positions
-from drafters.attention import BlockLayout, KeyValues, Rope
+from drafters.attention import BlockLayout, KeyValues, Rope, attend_blocks
 from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.drafter import Drafter
-from drafters.families.family import BlockLayer, Family
+from drafters.families.family import Family
+from drafters.families.layer import DraftLayer
 
 FIRST_CACHE_ROWS = 64
 """Context rows that a drafting cache has room for at first; it doubles as needed."""
@@ -67,6 +68,18 @@ class BlockDraftState:
     num_context: int = 0
 
 
+def run_layer(layer: DraftLayer, blocks: Tensor, context: KeyValues, rope: Rope, layout: BlockLayout) -> Tensor:
+    """One layer over block rows [B, A·γ, D], which see context rows and their own block.
+
+    Only block rows pass the input norm; context rows were projected as they are.
+    """
+    attention = layer.self_attn
+    rows = layer.input_layernorm(blocks)
+    queries, own = attention.queries(rows, rope), attention.keys_values(rows, rope)
+    attended = attend_blocks(queries, context, own, layout, attention.scaling)
+    return layer.finish(blocks, attention.output(attended))
+
+
 class BlockBackbone(Drafter):
     """Backbone, drafting cache and frozen head; subclasses add heads and the loss."""
 
@@ -76,7 +89,7 @@ class BlockBackbone(Drafter):
         num_features = len(settings.target_layer_ids) * config.hidden_size
         self.fc = nn.Linear(num_features, config.hidden_size, bias=False)
         self.hidden_norm = family.norm(config)
-        self.layers = nn.ModuleList(family.block_layer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(family.layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = family.norm(config)
         self.rotary = family.rotary(config)
 
@@ -108,7 +121,7 @@ class BlockBackbone(Drafter):
         blocks = self.embed_tokens(inputs)
         block_rope = self._rope(blocks, positions)
         for layer in self._block_layers:
-            blocks = layer(blocks, layer.project_context(context, context_rope), block_rope, layout)
+            blocks = run_layer(layer, blocks, layer.self_attn.keys_values(context, context_rope), block_rope, layout)
         hidden: Tensor = self.norm(blocks)
         return hidden.view(*anchors.positions.shape, block_size, -1)
 
@@ -132,7 +145,7 @@ class BlockBackbone(Drafter):
             positions = torch.randint(total, (len(features),), generator=state.generator)
         rope = self._rope(context, positions[None].to(context.device))
         for layer, cache in zip(self._block_layers, state.caches, strict=True):
-            cache.append(layer.project_context(context, rope))
+            cache.append(layer.self_attn.keys_values(context, rope))
         state.num_context = total
 
     def draft_hidden(self, state: BlockDraftState, anchor_id: int) -> Tensor:
@@ -152,13 +165,13 @@ class BlockBackbone(Drafter):
         rope = self._rope(blocks, positions[None])
         layout = BlockLayout.of_one_block(state.num_context, block_size)
         for layer, cache in zip(self._block_layers, state.caches, strict=True):
-            blocks = layer(blocks, cache.rows(), rope, layout)
+            blocks = run_layer(layer, blocks, cache.rows(), rope, layout)
         hidden: Tensor = self.norm(blocks)
         return hidden[0]
 
     @property
-    def _block_layers(self) -> Iterable[BlockLayer]:
-        return cast(Iterable[BlockLayer], self.layers)
+    def _block_layers(self) -> Iterable[DraftLayer]:
+        return cast(Iterable[DraftLayer], self.layers)
 
     @property
     def _block_size(self) -> int:

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from drafters.config import DrafterConfig
 from drafters.drafter import Drafter
+from drafters.families.family import Family
 from drafters.registry import find_algorithm, find_family
 
 
@@ -32,21 +33,19 @@ def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **
         vocab_size=text_config.vocab_size,
         model_type=text_config.model_type,
     )
-    drafter = drafter_class(draft_config(text_config, resolved), resolved, family)
+    drafter = drafter_class(draft_config(text_config, resolved, family), resolved, family)
     drafter.initialize_weights()
     return drafter
 
 
-def draft_config(text_config: PretrainedConfig, settings: DrafterConfig) -> PretrainedConfig:
+def draft_config(text_config: PretrainedConfig, settings: DrafterConfig, family: Family) -> PretrainedConfig:
     """The target's text config with the drafter's layers; what else the drafter is stands in its settings."""
-    values = text_config.to_dict()
+    values = family.draft_values(text_config)
     values.pop("_name_or_path", None)
     values.update(
         num_hidden_layers=settings.num_draft_layers,
         layer_types=["full_attention"] * settings.num_draft_layers,
         tie_word_embeddings=False,
-        use_sliding_window=False,
-        sliding_window=None,
         num_target_layers=text_config.num_hidden_layers,
     )
-    return type(text_config).from_dict(values)
+    return family.read_config(values)

@@ -78,7 +78,7 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
             vocab_size=values["vocab_size"],
             model_type=values["model_type"],
         )
-        config = family.config.from_dict(_without(values, ("rope_theta",) if values.get("rope_parameters") else ()))
+        config = family.read_config(_without(values, ("rope_theta",) if values.get("rope_parameters") else ()))
         with torch.device("meta"):  # no time or memory for weights that are about to be replaced
             drafter = find_algorithm(algorithm).load()(config, settings, family)
     except (KeyError, IndexError) as error:

@@ -65,6 +65,7 @@ class Drafter(nn.Module, ABC):
         family: The target's family.
         embed_tokens: [V, D], a frozen copy of the target's.
         lm_head: [V, D], a frozen copy of the target's.
+        logit_softcap: c where logits are c · tanh(logits / c), the target's and the drafter's alike; None if not.
     """
 
     algorithm: str
@@ -74,7 +75,8 @@ class Drafter(nn.Module, ABC):
         self.config = config
         self.settings = settings
         self.family = family
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.logit_softcap = family.logit_softcap(config)
+        self.embed_tokens = family.embedding(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
@@ -88,6 +90,13 @@ class Drafter(nn.Module, ABC):
                 module.weight.normal_(0.0, deviation)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of rows [..., D] in the target's own terms, capped where the family's are: [..., V]."""
+        logits: Tensor = self.lm_head(hidden)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     @abstractmethod
     def reset_buffers(self) -> None:
@@ -114,6 +123,10 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def needed_rows(self, loss_mask: Tensor) -> Tensor:
         """Rows of the target's last hidden state that training reads: [B, T] → [B, T] bool."""
+
+    def vocabulary_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the loss reads itself, not by calling their module: ZeRO-3 must be told of them."""
+        return []
 
     @abstractmethod
     def start_drafting(self, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from drafters.anchors import Anchors, Slots, anchor_candidates, draw_anchors, seeded_generators, supervise
@@ -165,7 +165,7 @@ class DSparkDrafter(BlockBackbone):
             ValueError: Nothing was observed yet.
         """
         hidden = self.draft_hidden(state, anchor_id)
-        base_logits = self.lm_head(hidden)
+        base_logits = self.head_logits(hidden)
         previous = torch.tensor(anchor_id, device=hidden.device)
         markov_state = None
         tokens, distributions, confidences = [], [], []
@@ -201,6 +201,11 @@ class DSparkDrafter(BlockBackbone):
         if self.confidence_head is not None:
             confidence = self.confidence_head(hidden, embedded)
         return SlotOutputs(hidden, latent, confidence)
+
+    def vocabulary_parameters(self) -> list[nn.Parameter]:
+        """Head and W2."""
+        owners = [self.lm_head] if self.markov_head is None else [self.lm_head, self.markov_head.markov_w2]
+        return [owner.weight for owner in owners]
 
     @property
     def vocabulary(self) -> Vocabulary:

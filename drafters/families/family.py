@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig
 
-from drafters.attention import BlockLayout, KeyValues, Rope
+from drafters.families.layer import DraftLayer
 
 
-class BlockLayer(Protocol):
-    """A decoder layer whose keys and values come from a shared context and from its own blocks."""
-
-    def project_context(self, context: Tensor, rope: Rope) -> KeyValues:
-        """Keys and values of context rows [B, T, D]."""
-
-    def __call__(self, blocks: Tensor, context: KeyValues, rope: Rope, layout: BlockLayout) -> Tensor:
-        """One layer over block rows [B, A·γ, D]."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of targets.
+class Family(ABC):
+    """A family of targets: how their draft models are configured and built.
 
     Attributes:
-        name: The target's ``model_type``.
+        name: Of the family, for messages.
         architecture_prefix: How names of its drafters' architectures begin in a checkpoint.
-        config: transformers' config class.
-        block_layer: (config, layer index) → a `BlockLayer` module with the family's own tensor names.
-        norm: config → norm over the hidden size.
-        rotary: config → module (any tensor of the wanted dtype and device, positions [B, rows]) → (cos, sin), with
-            frequencies that stay float32 whatever the drafter's dtype.
     """
 
     name: str
     architecture_prefix: str
-    config: type[PretrainedConfig]
-    block_layer: Callable[[PretrainedConfig, int], nn.Module]
-    norm: Callable[[PretrainedConfig], nn.Module]
-    rotary: Callable[[PretrainedConfig], nn.Module]
+
+    @abstractmethod
+    def draft_values(self, text_config: PretrainedConfig) -> dict[str, Any]:
+        """A target's text config as the draft model's: everything but the number of layers, which the caller sets.
+
+        Raises:
+            ValueError: The config lacks what a draft layer needs, or says what no draft layer does.
+        """
+
+    @abstractmethod
+    def read_config(self, values: Mapping[str, Any]) -> PretrainedConfig:
+        """The draft model's config from the values of a checkpoint or of `draft_values`.
+
+        Raises:
+            ValueError: The values are no config of this family.
+        """
+
+    @abstractmethod
+    def embedding(self, config: PretrainedConfig) -> nn.Embedding:
+        """Token embedding [V, D], scaled if the family's is."""
+
+    @abstractmethod
+    def norm(self, config: PretrainedConfig) -> nn.Module:
+        """Norm over the hidden size."""
+
+    @abstractmethod
+    def rotary(self, config: PretrainedConfig) -> nn.Module:
+        """(Any tensor of the wanted dtype and device, positions [B, rows]) → (cos, sin), each [B, rows, head size].
+
+        Frequencies stay float32 whatever the drafter's dtype.
+        """
+
+    @abstractmethod
+    def layer(self, config: PretrainedConfig, index: int, attention_inputs: int | None = None) -> DraftLayer:
+        """A decoder layer with the family's own tensor names.
+
+        Args:
+            config: From `read_config`.
+            index: Of the draft layer.
+            attention_inputs: Width of what q, k and v project; None is the hidden size, Eagle3's is twice that.
+        """
+
+    def logit_softcap(self, config: PretrainedConfig) -> float | None:
+        """c where logits of target and drafter are c · tanh(logits / c); None where they are as they are."""
+        return None
+
+    def check_warm_start(self, target_values: Mapping[str, Any], layer_id: int) -> None:
+        """Check that a draft layer can begin with this layer of a target, whose text config these values are.
+
+        Raises:
+            ValueError: The target's layer computes something else.
+        """

@@ -1,96 +1,77 @@
-"""Qwen3: q/k RMSNorm on each head, SwiGLU, pre-norm."""
+"""Qwen3: q/k RMSNorm on each head, SwiGLU, pre-norm. Also the dense drafters of Qwen3's mixtures of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from drafters.attention import BlockLayout, KeyValues, Rope, attend_blocks
 from drafters.families.family import Family
+from drafters.families.layer import DraftAttention, DraftLayer, Float32Frequencies, PreNormLayer
+
+EXPERT_SETTINGS = (
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "output_router_logits",
+    "router_aux_loss_coef",
+)
+"""What only mixtures of experts have; a drafter is dense."""
 
 
-class Qwen3BlockAttention(Qwen3Attention):
-    """Qwen3's projections and head norms around block attention."""
-
-    def project_context(self, context: Tensor, rope: Rope) -> KeyValues:
-        """Keys and values of rows [B, T, D]; the rows are taken as they are, without a norm before."""
-        keys = self.k_norm(self._heads(self.k_proj(context))).transpose(1, 2)
-        return KeyValues(_rotate(keys, rope), self._heads(self.v_proj(context)).transpose(1, 2))
-
-    def forward(  # type: ignore[override]  # keys come from a context, as in no transformers layer
-        self, blocks: Tensor, context: KeyValues, rope: Rope, layout: BlockLayout
-    ) -> Tensor:
-        """[B, A·γ, D] → [B, A·γ, D]."""
-        queries = _rotate(self.q_norm(self._heads(self.q_proj(blocks))).transpose(1, 2), rope)
-        attended = attend_blocks(queries, context, self.project_context(blocks, rope), layout, self.scaling)
-        output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return output
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:-1], -1, self.head_dim)
-
-
-class Qwen3BlockLayer(nn.Module):
-    """A Qwen3 decoder layer of the block-parallel backbone; tensor names as in Qwen3."""
+class Qwen3DraftAttention(DraftAttention, Qwen3Attention):
+    """Qwen3's projections and head norms."""
 
     def __init__(self, config: Any, index: int) -> None:
-        super().__init__()
+        super().__init__(config, index)
+        self.v_norm = nn.Identity()
+
+
+class Qwen3Rotary(Float32Frequencies, Qwen3RotaryEmbedding):
+    """Qwen3's rotary embedding."""
+
+
+class Qwen3Family(Family):
+    """Qwen3, dense or not."""
+
+    name = "qwen3"
+    architecture_prefix = "Qwen3"
+
+    def draft_values(self, text_config: PretrainedConfig) -> dict[str, Any]:
+        """The target's config without experts and sliding windows."""
+        values = {name: value for name, value in text_config.to_dict().items() if name not in EXPERT_SETTINGS}
+        return values | {"model_type": "qwen3", "use_sliding_window": False, "sliding_window": None}
+
+    def read_config(self, values: Mapping[str, Any]) -> PretrainedConfig:
+        """A `Qwen3Config`."""
+        return Qwen3Config.from_dict(dict(values))
+
+    def embedding(self, config: Any) -> nn.Embedding:
+        """Plain."""
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def norm(self, config: Any) -> nn.Module:
+        """RMSNorm."""
+        return Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def rotary(self, config: Any) -> nn.Module:
+        """Rotation of whole heads."""
+        return Qwen3Rotary(config)
+
+    def layer(self, config: Any, index: int, attention_inputs: int | None = None) -> DraftLayer:
+        """A decoder layer with Qwen3's tensor names."""
         mlp_class: Callable[[Any], nn.Module] = Qwen3MLP
-        self.self_attn = Qwen3BlockAttention(config, index)
-        self.mlp = mlp_class(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def project_context(self, context: Tensor, rope: Rope) -> KeyValues:
-        """Keys and values of context rows [B, T, D]."""
-        return self.self_attn.project_context(context, rope)
-
-    def forward(self, blocks: Tensor, context: KeyValues, rope: Rope, layout: BlockLayout) -> Tensor:
-        """One layer over block rows [B, A·γ, D]."""
-        blocks = blocks + self.self_attn(self.input_layernorm(blocks), context, rope, layout)
-        output: Tensor = blocks + self.mlp(self.post_attention_layernorm(blocks))
-        return output
+        attention = Qwen3DraftAttention(config, index)
+        if attention_inputs is not None:
+            attention.widen(attention_inputs)
+        return PreNormLayer(attention, mlp_class(config), self.norm(config), self.norm(config))
 
 
-class Float32Rotary(Qwen3RotaryEmbedding):
-    """Rotary embedding whose frequencies stay float32 when the drafter is cast.
-
-    In bf16 far positions would fall together.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
-
-
-def _rotate(heads: Tensor, rope: Rope) -> Tensor:
-    """Rotate [B, heads, rows, head size] to the positions of ``rope``."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return heads * rope.cos[:, None] + turned * rope.sin[:, None]
-
-
-def _norm(config: PretrainedConfig) -> nn.Module:
-    return Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-def _rotary(config: Any) -> nn.Module:
-    return Float32Rotary(config)
-
-
-QWEN3 = Family(
-    name="qwen3",
-    architecture_prefix="Qwen3",
-    config=Qwen3Config,
-    block_layer=Qwen3BlockLayer,
-    norm=_norm,
-    rotary=_rotary,
-)
+QWEN3 = Qwen3Family()
