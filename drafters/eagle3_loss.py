@@ -1,0 +1,183 @@
+"""Eagle3's soft cross-entropy over all steps of the training-time test (specs: "Eagle3", "Loss").
+
+A row is one supervised position at one step: what the drafter makes of it is scored against the target's distribution
+at a row of the target's last hidden state. `plain_soft_losses` is the readable form, on logits of all rows.
+`fused_soft_loss` never holds them: it takes the target's rows in chunks, rebuilds their probabilities from hidden
+states once for all steps that are scored against them, and forms each chunk's gradients right after its losses, from
+the probabilities that are still there. What a row weighs depends on masks alone, so backward only scales what forward
+kept. With p the draft's distribution, q the target's and z the draft's logits, ∂CE/∂z = p − q, and the same difference
+gives the acceptance 1 − Σ|p − q| / 2.
+
+Letters: N target rows, N_i rows of step i, V vocabulary, D hidden size, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from drafters.fused_loss import chunk_rows
+from drafters.losses import Vocabulary
+
+
+class SoftLosses(NamedTuple):
+    """Terms of each row, [N_i] float32; acceptance and agreement are without gradient.
+
+    Attributes:
+        cross_entropy: −Σ_v q_v · log p_v against the target's distribution.
+        acceptance: 1 − Σ_v |p_v − q_v| / 2, clamped to [0, 1].
+        agreement: 1 where draft and target prefer the same token.
+    """
+
+    cross_entropy: Tensor
+    acceptance: Tensor
+    agreement: Tensor
+
+
+class StepRows(NamedTuple):
+    """The rows of one step.
+
+    Attributes:
+        hidden: [N_i, D] normed output of the drafter.
+        targets: [N_i] int64, ascending: which of the N target rows each is scored against.
+        weights: [N_i] float32 in the loss.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def plain_soft_losses(draft_logits: Tensor, target_logits: Tensor) -> SoftLosses:
+    """Terms of rows of logits, [N, V] each, any floating dtype."""
+    draft = functional.log_softmax(draft_logits.float(), dim=-1)
+    target = functional.softmax(target_logits.float(), dim=-1)
+    distance = (draft.detach().exp() - target).abs().sum(-1)
+    return SoftLosses(
+        cross_entropy=-(target * draft).sum(-1),
+        acceptance=(1 - distance / 2).clamp(0, 1),
+        agreement=(draft_logits.argmax(-1) == target_logits.argmax(-1)).float(),
+    )
+
+
+def plain_soft_loss(
+    steps: Sequence[StepRows], target_states: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, list[SoftLosses]]:
+    """Weighted loss of all steps, with gradient, and its terms: the reference of `fused_soft_loss`."""
+    target_logits = vocabulary.target_logits(target_states)
+    terms = [
+        plain_soft_losses(vocabulary.draft_logits(step.hidden, None), target_logits[step.targets]) for step in steps
+    ]
+    loss = sum(torch.dot(step.weights, each.cross_entropy) for step, each in zip(steps, terms, strict=True))
+    return torch.as_tensor(loss), terms
+
+
+def fused_soft_loss(
+    steps: Sequence[StepRows], target_states: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, list[SoftLosses]]:
+    """Weighted loss of all steps and its terms, with gradients for the steps' hidden states.
+
+    Backward can run once: it hands out gradients that forward made.
+
+    Args:
+        steps: Rows of each step; rows of weight 0 cost as much as others, so leave them out.
+        target_states: [N, D] rows of the target's last hidden state.
+        vocabulary: Its head is frozen; Eagle3 has no Markov head.
+
+    Returns:
+        Scalar float32 with gradient, Σ weight · cross-entropy; and the terms of each step, without gradient.
+
+    Raises:
+        ValueError: The head is to be trained.
+    """
+    if vocabulary.head.requires_grad:
+        raise ValueError("the fused soft cross-entropy has no gradient for the head: freeze it")
+    loss, terms = _FusedSoftLoss.apply(steps, target_states, vocabulary, torch.is_grad_enabled(), *(s.hidden for s in steps))
+    by_step = terms.split([len(step.hidden) for step in steps], dim=1)
+    return loss, [SoftLosses(*step_terms) for step_terms in by_step]
+
+
+class _FusedSoftLoss(torch.autograd.Function):
+    """Takes the hidden states by themselves too, so that autograd sees them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # the base takes anything
+        ctx: Any, steps: Sequence[StepRows], target_states: Tensor, vocabulary: Vocabulary, with_gradients: bool, *hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        size = chunk_rows(len(vocabulary.head), vocabulary.head.device)
+        gradients = [
+            torch.empty_like(rows) if with_gradients and needed else None
+            for rows, needed in zip(hidden, ctx.needs_input_grad[4:], strict=True)
+        ]
+        terms = [rows.new_empty(3, len(rows), dtype=torch.float32) for rows in hidden]
+        starts = range(0, len(target_states), size)
+        edges = torch.tensor([*starts, len(target_states)], device=target_states.device)
+        bounds = torch.stack([torch.searchsorted(step.targets, edges) for step in steps]).tolist()
+        for index, start in enumerate(starts):
+            target_logits = _float_logits(target_states[start : start + size], vocabulary)
+            choices = target_logits.argmax(1)
+            target = torch.softmax(target_logits, dim=1)
+            del target_logits
+            for number, step in enumerate(steps):
+                rows = slice(bounds[number][index], bounds[number][index + 1])
+                members = step.targets[rows] - start
+                terms[number][:, rows] = _chunk_terms(
+                    step, rows, vocabulary, *_select(members, target, choices), by_hidden=gradients[number]
+                )
+        all_terms = torch.cat(terms, dim=1)
+        weights = torch.cat([step.weights for step in steps])
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(all_terms)
+        ctx.set_materialize_grads(False)
+        return torch.dot(weights, all_terms[0]), all_terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward of the fused soft cross-entropy ran before: its gradients were handed out")
+        if grad_loss is None:
+            return (None,) * (4 + len(gradients))
+        return (None, None, None, None, *(rows if rows is None else rows.mul_(grad_loss) for rows in gradients))
+
+
+def _select(members: Tensor, target: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """Target distributions and choices of a step's rows; the chunk itself where the step has all of its rows."""
+    if len(members) == len(target):
+        return target, choices
+    return target[members], choices[members]
+
+
+def _chunk_terms(
+    step: StepRows, rows: slice, vocabulary: Vocabulary, target: Tensor, choices: Tensor, *, by_hidden: Tensor | None
+) -> Tensor:
+    """Terms of some rows of a step, [3, C]; writes their part of the gradient.
+
+    Each [C, V] tensor is overwritten by the next as soon as it has served.
+    """
+    logits = _float_logits(step.hidden[rows], vocabulary)
+    agreement = logits.argmax(1) == choices
+    draft = torch.log_softmax(logits, dim=1)
+    cross_entropy = -torch.linalg.vecdot(target, draft)
+    difference = draft.exp_().sub_(target)
+    acceptance = (1 - torch.linalg.vector_norm(difference, ord=1, dim=1) / 2).clamp_(0, 1)
+    if by_hidden is not None:
+        by_logits = difference.mul_(step.weights[rows, None])
+        if vocabulary.softcap:
+            by_logits.mul_(logits.div_(vocabulary.softcap).square_().neg_().add_(1))
+        torch.mm(by_logits.to(vocabulary.head.dtype), vocabulary.head, out=by_hidden[rows])
+    return torch.stack([cross_entropy, acceptance, agreement])
+
+
+def _float_logits(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Float32 logits of a chunk, capped: [C, D] → [C, V]."""
+    logits = functional.linear(hidden.to(vocabulary.head.dtype), vocabulary.head).float()
+    if vocabulary.softcap:
+        logits.div_(vocabulary.softcap).tanh_().mul_(vocabulary.softcap)
+    return logits
