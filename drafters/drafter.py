@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.families.family import Family
 from drafters.metrics import Reduce
+from drafters.projection import OutputProjection
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are argmax."""
@@ -27,7 +28,8 @@ class TrainingOutput:
     Attributes:
         loss: Scalar with gradient. With ``reduce``: this rank's part, and the sum over ranks is the global loss.
         metrics: Global metrics by name.
-        draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``.
+        draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``. Eagle3's are
+            [steps, B, T, V], and the rest is None.
         target_ids: [B, A, γ] labels.
         eval_mask: [B, A, γ] bool; the other tensors count where it is true.
         confidence_pred: [B, A, γ] confidence logits; None without the head.
@@ -77,7 +79,7 @@ class Drafter(nn.Module, ABC):
         self.family = family
         self.logit_softcap = family.logit_softcap(config)
         self.embed_tokens = family.embedding(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputProjection(config.hidden_size, config.vocab_size)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
@@ -124,13 +126,14 @@ class Drafter(nn.Module, ABC):
     def needed_rows(self, loss_mask: Tensor) -> Tensor:
         """Rows of the target's last hidden state that training reads: [B, T] → [B, T] bool."""
 
-    def vocabulary_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the loss reads itself, not by calling their module: ZeRO-3 must be told of them."""
-        return []
-
     @abstractmethod
-    def start_drafting(self, seed: int = 0) -> Any:
-        """A fresh state for drafting one sequence; only the ``permute_context`` control uses the seed."""
+    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> Any:
+        """A fresh state for drafting one sequence.
+
+        Args:
+            seed: Only the ``permute_context`` control uses it.
+            stop_token_ids: A drafter that drafts token by token ends a proposal after the first of these.
+        """
 
     @abstractmethod
     def observe(self, state: Any, features: Tensor, next_token_ids: Tensor) -> None:

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from drafters.projection import OutputProjection
+
 
 class MarkovHead(nn.Module, ABC):
     """Base of the Markov heads: owns W1 and W2."""
@@ -17,7 +19,7 @@ class MarkovHead(nn.Module, ABC):
     def __init__(self, vocab_size: int, rank: int) -> None:
         super().__init__()
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = OutputProjection(rank, vocab_size)
 
     def embed(self, previous_ids: Tensor) -> Tensor:
         """W1 of the previous tokens: [...] → [..., r]."""
