@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -43,6 +43,10 @@ class ContextCache:
         """All rows so far; a view."""
         assert self._room is not None
         return KeyValues(self._room.keys[:, :, : self._length], self._room.values[:, :, : self._length])
+
+    def crop(self, length: int) -> None:
+        """Forget all rows but the first ones."""
+        self._length = length
 
     def _grow(self, like: KeyValues, capacity: int) -> None:
         old = self._room
@@ -110,7 +114,7 @@ class BlockBackbone(Drafter):
             generators: One a row; only the ``permute_context`` control draws from them.
 
         Returns:
-            [B, A, γ, D], after the final norm.
+            [B, A, S, D], after the final norm: the S slots that predict, γ of them or all but the anchor's.
         """
         block_size = self._block_size
         layout = BlockLayout.of_anchors(anchors, block_size, batch.input_ids.device)
@@ -123,10 +127,10 @@ class BlockBackbone(Drafter):
         for layer in self._block_layers:
             blocks = run_layer(layer, blocks, layer.self_attn.keys_values(context, context_rope), block_rope, layout)
         hidden: Tensor = self.norm(blocks)
-        return hidden.view(*anchors.positions.shape, block_size, -1)
+        return hidden.view(*anchors.positions.shape, block_size, -1)[..., self._first_slot :, :]
 
-    def start_drafting(self, seed: int = 0) -> BlockDraftState:
-        """A state without context."""
+    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> BlockDraftState:
+        """A state without context. Blocks are drafted whole, whatever stop tokens are in them."""
         return BlockDraftState([ContextCache() for _ in self.layers], torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -149,7 +153,7 @@ class BlockBackbone(Drafter):
         state.num_context = total
 
     def draft_hidden(self, state: BlockDraftState, anchor_id: int) -> Tensor:
-        """Backbone output of the block whose anchor follows the observed rows: [γ, D].
+        """Backbone output of the block whose anchor follows the observed rows: [S, D].
 
         Raises:
             ValueError: Nothing was observed yet.
@@ -167,7 +171,7 @@ class BlockBackbone(Drafter):
         for layer, cache in zip(self._block_layers, state.caches, strict=True):
             blocks = run_layer(layer, blocks, cache.rows(), rope, layout)
         hidden: Tensor = self.norm(blocks)
-        return hidden[0]
+        return hidden[0, self._first_slot :]
 
     @property
     def _block_layers(self) -> Iterable[DraftLayer]:
@@ -176,6 +180,12 @@ class BlockBackbone(Drafter):
     @property
     def _block_size(self) -> int:
         return self.settings.block_size
+
+    @property
+    def _first_slot(self) -> int:
+        """The first slot that predicts. Each predicts the token after the last: slot 0 the one after the anchor, or,
+        if the anchor's own slot does not predict, slot 1."""
+        return self.settings.block_size - self.settings.num_drafts
 
     @property
     def _mask_token_id(self) -> int:

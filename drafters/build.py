@@ -26,13 +26,13 @@ def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **
         ValueError: Unknown algorithm or family, unknown or impossible setting.
     """
     text_config = target_config.get_text_config(decoder=True)
-    family = find_family(text_config.model_type)
-    drafter_class = find_algorithm(algorithm).load()
     resolved = DrafterConfig(algorithm=algorithm, **settings).resolve(
         num_target_layers=text_config.num_hidden_layers,
         vocab_size=text_config.vocab_size,
         model_type=text_config.model_type,
     )
+    drafter_class = find_algorithm(algorithm).load()
+    family = find_family("llama" if resolved.layout == "llama" else text_config.model_type)
     drafter = drafter_class(draft_config(text_config, resolved, family), resolved, family)
     drafter.initialize_weights()
     return drafter

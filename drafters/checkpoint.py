@@ -15,26 +15,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from drafters.config import DrafterConfig
+from drafters.config import FOREIGN_SETTINGS, DrafterConfig
 from drafters.drafter import Drafter
 from drafters.registry import algorithm_of_architecture, find_algorithm, find_family
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
-ALWAYS_WRITTEN = (
-    "block_size",
-    "mask_token_id",
-    "num_anchors",
-    "target_layer_ids",
-    "markov_rank",
-    "enable_confidence_head",
-    "loss_decay_gamma",
-    "ce_loss_alpha",
-    "l1_loss_alpha",
-    "confidence_head_alpha",
-)
-"""Settings that stand in ``config.json`` under their own names, whatever the drafter."""
+LOSS_KEYS = ("loss_decay_gamma", "ce_loss_alpha", "l1_loss_alpha", "confidence_head_alpha")
+BLOCK_KEYS = ("block_size", "mask_token_id", "num_anchors", "target_layer_ids", "markov_rank", "enable_confidence_head")
+EAGLE3_KEYS = ("ttt_length", "step_loss_decay", "target_layer_ids")
+
+WRITTEN: Mapping[str, tuple[str, ...]] = {
+    "dspark": BLOCK_KEYS + LOSS_KEYS,
+    "dflash": BLOCK_KEYS + LOSS_KEYS,
+    "eagle3": EAGLE3_KEYS,
+}
+"""Settings that stand in ``config.json`` under their own names, by algorithm."""
+
+WRITTEN_IF_NOT_DEFAULT = ("permute_context", "sample_from_anchor", "layout")
+"""Settings that the reference does not have: absent, they are at their defaults."""
+
+NEVER_GUESSED: Mapping[str, tuple[str, ...]] = {
+    "dspark": ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head"),
+    "dflash": ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head"),
+    "eagle3": EAGLE3_KEYS,
+}
+"""Settings that a checkpoint must have."""
 
 
 class CheckpointFormatError(ValueError):
@@ -72,7 +79,9 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     values = _read_json(folder / CONFIG_NAME)
     try:
         family = find_family(values["model_type"])
-        algorithm = algorithm_of_architecture(values["architectures"][0], values["model_type"])
+        has_heads = bool(values.get("markov_rank") or values.get("enable_confidence_head"))
+        architecture = values["architectures"][0]
+        algorithm = algorithm_of_architecture(architecture, values["model_type"], has_heads=has_heads)
         settings = _settings_of(values, algorithm).resolve(
             num_target_layers=values["num_target_layers"],
             vocab_size=values["vocab_size"],
@@ -96,24 +105,28 @@ def checkpoint_config(drafter: Drafter) -> dict[str, Any]:
     """What ``config.json`` says: the draft model's config and the drafter's settings."""
     settings = drafter.settings
     config: dict[str, Any] = drafter.config.to_dict()
-    config.update(settings.model_dump(mode="json", include=set(ALWAYS_WRITTEN)))
+    config.update(settings.model_dump(mode="json", include=set(WRITTEN[drafter.algorithm])))
     config["architectures"] = [drafter.family.architecture_prefix + find_algorithm(drafter.algorithm).architecture]
     if settings.markov_rank:
         config["markov_head_type"] = settings.markov_head_type
     if settings.enable_confidence_head:
         config["confidence_head_with_markov"] = settings.confidence_head_with_markov
-    if settings.permute_context:
-        config["permute_context"] = True
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]  # where older readers look
+    if drafter.algorithm == "eagle3":
+        config["draft_num_hidden_layers"] = settings.num_draft_layers
+        config.setdefault("target_model_name_or_path", "")
+    for name in WRITTEN_IF_NOT_DEFAULT:
+        if getattr(settings, name) != DrafterConfig.model_fields[name].default:
+            config[name] = getattr(settings, name)
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        config["rope_theta"] = theta  # where older readers look
     return config
 
 
 def _settings_of(values: Mapping[str, Any], algorithm: str) -> DrafterConfig:
-    given = {name: values[name] for name in DrafterConfig.model_fields if name in values}
-    for name in ("block_size", "mask_token_id", "target_layer_ids", "markov_rank", "enable_confidence_head"):
-        given[name] = values[name]  # never guessed
+    foreign = FOREIGN_SETTINGS[algorithm]
+    given = {name: values[name] for name in DrafterConfig.model_fields if name in values and name not in foreign}
+    given |= {name: values[name] for name in NEVER_GUESSED[algorithm] if name not in foreign}
     return DrafterConfig(**(given | {"algorithm": algorithm, "num_draft_layers": values["num_hidden_layers"]}))
 
 

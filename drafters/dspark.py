@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from drafters.anchors import Anchors, Slots, anchor_candidates, draw_anchors, seeded_generators, supervise
@@ -106,14 +106,15 @@ class DSparkDrafter(BlockBackbone):
         if anchors is None:
             anchors = draw_anchors(batch.loss_mask, self.settings.num_anchors, generators)
         drawn = Anchors(anchors[0].to(device, torch.long), anchors[1].to(device, torch.bool))
-        slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.block_size)
+        slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.num_drafts)
         weights = slot_weights(slots.eval_mask, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
 
         outputs = self._run_heads(self.block_hidden(batch, drawn, generators), batch, drawn, slots.labels)
         rows = _rows(outputs, batch, slots, weights, alphas, denominator)
+        vocabulary = self._vocabulary()
         plain = return_logits or self.settings.loss == "plain"
-        loss, terms = (plain_loss if plain else fused_loss)(rows, self.vocabulary)
+        loss, terms = (plain_loss if plain else fused_loss)(rows, vocabulary)
         counted = weights > 0
         losses = {"ce_loss": (terms.cross_entropy, alphas.ce_loss_alpha)}
         if alphas.l1_loss_alpha:
@@ -142,11 +143,11 @@ class DSparkDrafter(BlockBackbone):
         return TrainingOutput(
             loss,
             means,
-            draft_logits=self.vocabulary.draft_logits(outputs.hidden, outputs.latent),
+            draft_logits=vocabulary.draft_logits(outputs.hidden, outputs.latent),
             target_ids=slots.labels,
             eval_mask=slots.eval_mask,
             confidence_pred=outputs.confidence,
-            aligned_target_logits=self.vocabulary.target_logits(states).view(shape),
+            aligned_target_logits=vocabulary.target_logits(states).view(shape),
         )
 
     @torch.no_grad()
@@ -202,18 +203,12 @@ class DSparkDrafter(BlockBackbone):
             confidence = self.confidence_head(hidden, embedded)
         return SlotOutputs(hidden, latent, confidence)
 
-    def vocabulary_parameters(self) -> list[nn.Parameter]:
-        """Head and W2."""
-        owners = [self.lm_head] if self.markov_head is None else [self.lm_head, self.markov_head.markov_w2]
-        return [owner.weight for owner in owners]
-
-    @property
-    def vocabulary(self) -> Vocabulary:
+    def _vocabulary(self) -> Vocabulary:
         """What makes logits of the backbone's output, and of the target's last hidden state."""
         return Vocabulary(
-            head=self.lm_head.weight,
-            markov=None if self.markov_head is None else self.markov_head.markov_w2.weight,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
+            head=self.lm_head.table(),
+            markov=None if self.markov_head is None else self.markov_head.markov_w2.table(),
+            softcap=self.logit_softcap,
         )
 
 

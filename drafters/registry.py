@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from drafters.families.dense import dense_values
+
 if TYPE_CHECKING:
     from drafters.drafter import Drafter
     from drafters.families.family import Family
@@ -41,12 +43,23 @@ class Algorithm:
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "dspark": Algorithm("drafters.dspark:DSparkDrafter", "DSparkModel", "between"),
+    "dflash": Algorithm("drafters.dflash:DFlashDrafter", "DSparkModel", "between"),
+    "eagle3": Algorithm("drafters.eagle3:Eagle3Drafter", "Eagle3Model", "after"),
 }
 
 FAMILIES: Mapping[str, str] = {
+    "gemma4_text": "drafters.families.gemma4:GEMMA4",
+    "gemma4_unified_text": "drafters.families.gemma4:GEMMA4",
+    "llama": "drafters.families.llama:LLAMA",
+    "qwen2": "drafters.families.llama:QWEN2",
+    "qwen2_moe": "drafters.families.llama:QWEN2",
     "qwen3": "drafters.families.qwen3:QWEN3",
+    "qwen3_moe": "drafters.families.qwen3:QWEN3",
 }
-"""Target model type → module and object of its `Family`."""
+"""Model type of a target's text config → module and object of its `Family`."""
+
+GENERIC_FAMILY = FAMILIES["llama"]
+"""Family of all other model types."""
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -58,34 +71,40 @@ def find_algorithm(name: str) -> Algorithm:
     return _find(ALGORITHMS, name, "algorithm")
 
 
-def check_family(model_type: str) -> None:
-    """Check that targets of a model type can be drafted for, without importing anything.
+def check_target(text_values: Mapping[str, Any]) -> None:
+    """Check that a target can be drafted for, by its text config alone and without importing torch.
+
+    Args:
+        text_values: The JSON of the target's text config.
 
     Raises:
-        ValueError: There is no such family; the message lists those there are.
+        ValueError: Its model type is of no family here, and its config is not that of a Llama-like decoder.
     """
-    _find(FAMILIES, model_type, "family for target model type")
+    if text_values.get("model_type") not in FAMILIES:
+        dense_values(text_values)
 
 
 def find_family(model_type: str) -> Family:
-    """Import the family of a target's model type.
-
-    Raises:
-        ValueError: There is none; the message lists those there are.
-    """
-    family: Family = _import(_find(FAMILIES, model_type, "family for target model type"))
+    """Import the family of a target's model type; the generic one for types that have no row."""
+    family: Family = _import(FAMILIES.get(model_type, GENERIC_FAMILY))
     return family
 
 
-def algorithm_of_architecture(architecture: str, model_type: str) -> str:
+def algorithm_of_architecture(architecture: str, model_type: str, *, has_heads: bool) -> str:
     """Name of the algorithm that wrote a checkpoint with this ``architectures`` entry.
+
+    Args:
+        architecture: The entry.
+        model_type: Of the checkpoint's config.
+        has_heads: Whether the checkpoint has a Markov or a confidence head; DFlash is DSpark without both.
 
     Raises:
         ValueError: Neither a known algorithm nor a known family matches.
     """
     prefix = find_family(model_type).architecture_prefix
-    known = {f"{prefix}{algorithm.architecture}": name for name, algorithm in ALGORITHMS.items()}
-    return _find(known, architecture, f"{model_type} drafter architecture")
+    known = {f"{prefix}{ALGORITHMS[name].architecture}": name for name in ("dflash", "dspark", "eagle3")}
+    name = _find(known, architecture, f"{model_type} drafter architecture")
+    return "dflash" if name == "dspark" and not has_heads else name
 
 
 def _find(table: Mapping[str, Entry], name: str, what: str) -> Entry:
