@@ -136,7 +136,7 @@ class Eagle3Drafter(Drafter):
             for step, states in enumerate(hidden)
         ]
         target_states = batch.target_last_hidden_states[supervision.rows, supervision.places + 1]
-        vocabulary = Vocabulary(self.lm_head.weight, softcap=self.logit_softcap)
+        vocabulary = Vocabulary(self.lm_head.table(), softcap=self.logit_softcap)
         if return_logits or self.settings.loss == "plain":
             loss, terms = plain_soft_loss(steps, target_states, vocabulary)
         else:

@@ -75,7 +75,7 @@ def speculative_generate(
                 target_model,
                 drafter,
                 tap,
-                state=drafter.start_drafting(seed + row),
+                state=drafter.start_drafting(seed + row, stop_token_ids),
                 temperature=temperature,
                 generator=None if is_greedy(temperature) else torch.Generator(device).manual_seed(seed + row),
                 confidence_threshold=confidence_threshold,
