@@ -64,6 +64,11 @@ class TargetServer:
         assert self._engine is not None
         return self._engine.describe()
 
+    def drain(self, grace_s: float) -> None:
+        """Refuse new captures; returns when the running ones have finished, or are cut off after `grace_s`."""
+        if self._server is not None:
+            self._server.stop(grace_s)
+
     def _load(self) -> None:
         try:
             import torch

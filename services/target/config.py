@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+
+from services.placement import PlacementConfig
 
 
-class TargetConfig(BaseModel):
-    """The recipe's `target` section."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TargetConfig(PlacementConfig):
+    """The recipe's `target` section. GPUs, CPUs, resources and labels are those of each server."""
 
     model: str = Field(description="Hugging Face folder or hub name of the frozen target")
     engine: Literal["transformers"] = Field("transformers", description="what runs the target's forward pass")
     replicas: int = Field(1, ge=1, description="target servers to start; scales independently of the trainer")
+    max_replicas: int = Field(64, ge=1, description="most servers that a running job can be scaled to")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="compute dtype of the target")
-    num_gpus: float = Field(1.0, ge=0, description="GPUs of each server; fractions share a GPU, 0 runs on the CPU")
-    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each server")
     threads: int | None = Field(None, ge=1, description="torch threads of each server; None leaves torch's choice")
     max_batch_tokens: int = Field(16384, ge=1, description="token budget of one forward pass, padding included")
     max_batch_samples: int = Field(64, ge=1, description="most samples of one forward pass")
     batch_wait_ms: float = Field(2.0, ge=0, description="how long a forward waits for more requests to join it")
     max_concurrent_captures: int = Field(64, ge=1, description="Capture calls served at once; more are refused")
+
+    @model_validator(mode="after")
+    def _starts_within_its_bound(self) -> Self:
+        if self.replicas > self.max_replicas:
+            raise ValueError(f"replicas {self.replicas} is above max_replicas {self.max_replicas}; raise the bound")
+        return self

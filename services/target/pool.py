@@ -1,4 +1,4 @@
-"""The driver's side of the targets: starts the actors, watches them, publishes who answers."""
+"""The driver's side of the targets: starts and ends the actors, watches them, publishes who answers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from services.contracts import Event, TargetDescription, TargetState
-from services.errors import DeadlineError, PlacementError, SlipstreamError, TargetError
+from services.errors import DeadlineError, PlacementError, SlipstreamError, TargetError, UsageError
+from services.placement import alive_nodes
 from services.target.actor import TargetServer
 from services.target.config import TargetConfig
+from services.target.replica import Replica, choose_to_end
 
 PLACEMENT_TIMEOUT_S = 60.0
 """How long Ray may take to place an actor and start its process; nothing heavy is imported until then."""
@@ -24,7 +25,17 @@ PING_EVERY_S = 1.0
 """How often every target is asked, and the addresses of those that answer are published."""
 
 STARTING_PING_EVERY_S = 0.2
-"""The same until all targets serve for the first time, so that a start is seen at once."""
+"""The same while a target starts, so that it is used at once."""
+
+BUSY_AFTER_S = 15.0
+"""A target that is not placed by then waits for a resource that others hold. Earlier its process may just be starting,
+and the resource that looks taken is its own."""
+
+UNPUBLISHED_S = 0.5
+"""A target refuses captures so much after it was told to end: a shard may just have chosen it."""
+
+DRAIN_DEADLINE_S = 120.0
+"""How long the captures of a target that shall end may still run."""
 
 SILENCE_S = 5.0
 """A target that has not answered for this long is published no more, until it answers again."""
@@ -42,25 +53,6 @@ MAX_EVENTS = 1000
 """Events kept for the driver; the oldest are dropped."""
 
 
-@dataclass
-class _Replica:
-    """What the watcher knows of one target."""
-
-    index: int
-    actor: Any
-    pulse: Any = None
-    """The outstanding ping."""
-    is_placed: bool = False
-    is_dead: bool = False
-    """Ray gave it up; it will not come back."""
-    address: str | None = None
-    """Where it serves; None while it does not answer."""
-    last_address: str | None = None
-    failure: SlipstreamError | None = None
-    answered_s: float = 0.0
-    restarted_s: float = float("-inf")
-
-
 class TargetPool:
     """N target actors that restart by themselves, and a thread that publishes the addresses of those that answer.
 
@@ -73,34 +65,29 @@ class TargetPool:
     def __init__(self, config: TargetConfig, publish: Callable[[Sequence[str]], None]) -> None:
         self._config = config
         self._publish = publish
-        self._replicas: list[_Replica] = []
+        self._replicas: list[Replica] = []
+        self._next_index = 0
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._changed = threading.Condition()
         self._stopping = threading.Event()
+        self._wake = threading.Event()
         self._watcher: threading.Thread | None = None
         self._watcher_failure: BaseException | None = None
         self._publish_failure = ""
-        self._started_s = 0.0
 
     def start(self) -> None:
         """Ask Ray for the actors and start watching them; returns at once."""
-        actor_class = ray.remote(TargetServer).options(
-            num_gpus=self._config.num_gpus,
-            num_cpus=self._config.num_cpus,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=8,
-        )
-        self._started_s = time.monotonic()
-        self._replicas = [_Replica(i, actor_class.remote(self._config)) for i in range(self._config.replicas)]
+        with self._changed:
+            self._add(self._config.replicas)
         self._watcher = threading.Thread(target=self._watch, name="target-watcher", daemon=True)
         self._watcher.start()
 
-    def wait_ready(self, deadline_s: float) -> list[str]:
-        """Wait until every target serves.
+    def wait_ready(self, deadline_s: float, look: Callable[[], None] = lambda: None) -> list[str]:
+        """Wait until every target serves: of a run that starts, all must.
 
         Args:
             deadline_s: Seconds from now.
+            look: Called several times a second while waiting; what it raises ends the wait.
 
         Returns:
             The targets' addresses.
@@ -111,34 +98,21 @@ class TargetPool:
             DeadlineError: A target is still loading at the deadline.
         """
         deadline = time.monotonic() + deadline_s
-        with self._changed:
-            while not all(replica.address for replica in self._replicas):
-                self.check()
-                for replica in self._replicas:
-                    if replica.failure is not None:
-                        raise replica.failure
-                now = time.monotonic()
-                unplaced = [replica.index for replica in self._replicas if not replica.is_placed]
-                if unplaced and now - self._started_s >= PLACEMENT_TIMEOUT_S:
-                    raise self._placement_error(unplaced)
-                if now >= deadline:
-                    waiting = [replica.index for replica in self._replicas if replica.address is None]
-                    raise DeadlineError(
-                        f"targets {waiting} of {len(self._replicas)} do not serve {self._config.model} after "
-                        f"{deadline_s:.0f} s: not placed are {unplaced}, the others still load"
-                    )
-                self._changed.wait(min(deadline - now, STARTING_PING_EVERY_S))
-            addresses = [replica.address for replica in self._replicas if replica.address]
+        while not self._is_ready(deadline, deadline_s):
+            look()
+            with self._changed:
+                self._changed.wait(STARTING_PING_EVERY_S)
         self.describe()
-        return addresses
+        return self.addresses()
 
     def describe(self) -> TargetDescription:
-        """What the targets are; all must say the same.
+        """What the serving targets are; all must say the same.
 
         Raises:
             TargetError: They differ, or one does not answer.
         """
-        pending = [replica.actor.describe.remote() for replica in self._replicas]
+        with self._changed:
+            pending = [replica.actor.describe.remote() for replica in self._replicas if replica.address]
         try:
             descriptions: list[TargetDescription] = ray.get(pending, timeout=ANSWER_TIMEOUT_S)
         except RayTaskError as error:
@@ -156,15 +130,58 @@ class TargetPool:
     def addresses(self) -> list[str]:
         """Where targets answer right now."""
         with self._changed:
-            return [replica.address for replica in self._replicas if replica.address]
+            return [replica.address for replica in self._replicas if replica.address and not replica.is_draining]
 
     def states(self) -> list[TargetState]:
         """What each target does right now, in order of their numbers."""
         with self._changed:
-            return [_state(replica) for replica in self._replicas]
+            return [replica.record() for replica in self._replicas]
+
+    @property
+    def num_wanted(self) -> int:
+        """Targets that shall serve, as far as the cluster places them."""
+        with self._changed:
+            return sum(not replica.is_draining for replica in self._replicas)
+
+    def scale(self, replicas: int) -> None:
+        """Have another number of targets; returns at once.
+
+        New ones load by themselves and are used as soon as they serve; one that the cluster cannot place is pending and
+        comes up when the resource appears. Down, those that give nothing end first; one that serves is published no
+        more and ends when its captures have finished, or after `DRAIN_DEADLINE_S`. A target that failed to load is
+        replaced by a new one.
+
+        Raises:
+            UsageError: The number is below 1 or above `target.max_replicas`; nothing is changed.
+        """
+        most = self._config.max_replicas
+        if not 1 <= replicas <= most:
+            raise UsageError(
+                f"targets={replicas} must lie between 1 and target.max_replicas {most} of this run: pause the run to "
+                "use no target, or set target.max_replicas in its recipe to allow more"
+            )
+        with self._changed:
+            before = self.num_wanted
+            num_failed = sum(replica.state == "failed" for replica in self._replicas)
+            ending = choose_to_end(self._replicas, max(num_failed, before - replicas))  # the failed ones come first
+            draining = [replica for replica in ending if replica.state == "serving"]
+            for replica in draining:
+                replica.drained_from_s = time.monotonic()
+            killed = [replica for replica in ending if replica not in draining]
+            self._replicas = [replica for replica in self._replicas if replica not in killed]
+            self._add(replicas - self.num_wanted)
+            if replicas != before or num_failed:
+                self._record("scaling", f"targets scaled from {before} to {replicas}")
+            self._changed.notify_all()
+        for replica in killed:
+            ray.kill(replica.actor, no_restart=True)
+        self._wake.set()
 
     def events(self) -> list[Event]:
-        """What happened since the last call: `restart`, `gone`, `failed`, `unpublished`; oldest first."""
+        """What happened since the last call, oldest first.
+
+        Kinds: `restart`, `gone`, `failed`, `unpublished`, `scaling`, `pending`, `serving` (an added one), `drained`.
+        """
         with self._changed:
             events = list(self._events)
             self._events.clear()
@@ -185,15 +202,46 @@ class TargetPool:
     def stop(self) -> None:
         """End the watcher and the actors. Safe to call twice, and before `start`."""
         self._stopping.set()
+        self._wake.set()
         if self._watcher is not None:
             self._watcher.join(STOP_TIMEOUT_S)
         replicas, self._replicas = self._replicas, []
         for replica in replicas:
             ray.kill(replica.actor, no_restart=True)
 
+    def _add(self, count: int) -> None:
+        """Ask Ray for more actors; the lock is held."""
+        actor_class = ray.remote(TargetServer).options(
+            **self._config.ask.options(), max_restarts=-1, max_task_retries=-1, max_concurrency=8
+        )
+        for _ in range(count):
+            actor = actor_class.remote(self._config)
+            is_added = self._watcher is not None
+            self._replicas.append(Replica(self._next_index, actor, asked_s=time.monotonic(), is_added=is_added))
+            self._next_index += 1
+
+    def _is_ready(self, deadline: float, deadline_s: float) -> bool:
+        """Whether every target that was started with the run serves; raises as `wait_ready` does."""
+        self.check()
+        now = time.monotonic()
+        with self._changed:
+            first = [replica for replica in self._replicas if not replica.is_added and not replica.is_draining]
+            for replica in first:
+                if replica.failure is not None:
+                    raise replica.failure
+            unplaced = [replica for replica in first if not replica.is_placed]
+            if any(now - replica.asked_s >= PLACEMENT_TIMEOUT_S for replica in unplaced):
+                raise self._placement_error([replica.index for replica in unplaced])
+            waiting = [replica.index for replica in first if replica.address is None]
+            if waiting and now >= deadline:
+                raise DeadlineError(
+                    f"targets {waiting} of {len(first)} do not serve {self._config.model} after {deadline_s:.0f} s: "
+                    f"not placed are {[replica.index for replica in unplaced]}, the others still load"
+                )
+        return not waiting
+
     def _placement_error(self, unplaced: list[int]) -> PlacementError:
-        wanted = {"GPU": self._config.num_gpus, "CPU": self._config.num_cpus}
-        wanted = {name: amount for name, amount in wanted.items() if amount}
+        wanted = self._config.ask.amounts
         total: dict[str, float] = ray.cluster_resources()
         free: dict[str, float] = ray.available_resources()
         figures = ", ".join(
@@ -202,20 +250,32 @@ class TargetPool:
         )
         return PlacementError(
             f"targets {unplaced} of {len(self._replicas)} were not placed within {PLACEMENT_TIMEOUT_S:.0f} s: each "
-            f"asks for {figures or 'no resource, so its process did not start in time'}. Lower target.replicas or "
-            f"target.num_gpus and target.num_cpus, or add nodes"
+            f"asks for {figures or 'no resource, so its process did not start in time'}{self._labels_text()}. Lower "
+            "target.replicas or what each target asks for (target.num_gpus, num_cpus, resources, labels), or add nodes"
         )
+
+    def _labels_text(self) -> str:
+        labels = ", ".join(f"{key}={value}" for key, value in self._config.labels.items())
+        return f", on a node with {labels}" if labels else ""
 
     def _watch(self) -> None:
         try:
             while not self._stopping.is_set():
+                now_s = time.monotonic()
                 with self._changed:
-                    starting = any(replica.last_address is None for replica in self._replicas)
+                    starting = any(
+                        replica.last_address is None and now_s - replica.asked_s < PLACEMENT_TIMEOUT_S
+                        for replica in self._replicas
+                    )
                 every_s = STARTING_PING_EVERY_S if starting else PING_EVERY_S
-                next_s = time.monotonic() + every_s
+                next_s = now_s + every_s
                 self._ping(every_s)
+                self._look_at_pending()
+                published_s = time.monotonic()
                 self._publish_live()
-                self._stopping.wait(max(0.0, next_s - time.monotonic()))
+                self._drain(published_s)
+                self._wake.wait(max(0.0, next_s - time.monotonic()))
+                self._wake.clear()
         except BaseException as error:
             with self._changed:
                 self._watcher_failure = error
@@ -224,10 +284,10 @@ class TargetPool:
 
     def _ping(self, timeout_s: float) -> None:
         """Ask every target that has answered its last ping, and take in what came back within `timeout_s`."""
+        with self._changed:
+            asked = [replica for replica in self._replicas if not replica.is_dead and not replica.is_draining]
         pulses = {}
-        for replica in self._replicas:
-            if replica.is_dead:
-                continue
+        for replica in asked:
             if replica.pulse is None:
                 # Not retried: a restart shall show at once, and not as silence.
                 replica.pulse = replica.actor.ping.options(max_task_retries=0).remote()
@@ -238,13 +298,57 @@ class TargetPool:
             for pulse in answered:
                 replica = pulses[pulse]
                 replica.pulse = None
-                self._take_in(replica, pulse, now)
-            for replica in self._replicas:
+                if replica in self._replicas and not replica.is_draining:  # `scale` may have ended it meanwhile
+                    self._take_in(replica, pulse, now)
+            for replica in asked:
                 if replica.address and now - replica.answered_s > SILENCE_S:
                     self._lose(replica, f"has not answered for {SILENCE_S:.0f} s")
             self._changed.notify_all()
 
-    def _take_in(self, replica: _Replica, pulse: Any, now: float) -> None:
+    def _look_at_pending(self) -> None:
+        """Say of every target that is not placed what it waits for."""
+        with self._changed:
+            pending = [replica for replica in self._replicas if not (replica.is_placed or replica.is_dead)]
+        if not pending:
+            return
+        nodes, free, ask = alive_nodes(), ray.available_resources(), self._config.ask
+        never, not_now = ask.why_never(nodes), ask.why_not_now(nodes, free)
+        now = time.monotonic()
+        with self._changed:
+            for replica in pending:
+                missing = never or (not_now if now - replica.asked_s > BUSY_AFTER_S else "")
+                if missing and not replica.missing:
+                    self._record(
+                        "pending",
+                        f"target {replica.index} waits for {missing}; it comes up when the cluster has room",
+                    )
+                replica.missing = missing
+
+    def _drain(self, published_s: float) -> None:
+        """End the targets that shall end, once their captures have finished.
+
+        Args:
+            published_s: When the addresses were last published, without theirs.
+        """
+        with self._changed:
+            draining = [replica for replica in self._replicas if replica.is_draining]
+        for replica in draining:
+            assert replica.drained_from_s is not None
+            if replica.farewell is None:
+                if published_s - replica.drained_from_s > UNPUBLISHED_S:
+                    replica.farewell = replica.actor.drain.options(max_task_retries=0).remote(DRAIN_DEADLINE_S)
+                continue
+            finished, _ = ray.wait([replica.farewell], timeout=0)
+            drained_s = time.monotonic() - replica.drained_from_s
+            if not finished and drained_s < DRAIN_DEADLINE_S + PING_EVERY_S:
+                continue
+            ray.kill(replica.actor, no_restart=True)
+            how = "" if finished else f"; captures that ran for more than {DRAIN_DEADLINE_S:g} s were cut off"
+            with self._changed:
+                self._replicas = [other for other in self._replicas if other is not replica]
+                self._record("drained", f"target {replica.index} at {replica.last_address} has ended{how}")
+
+    def _take_in(self, replica: Replica, pulse: Any, now: float) -> None:
         try:
             address: str | None = ray.get(pulse)
         except ActorDiedError as error:
@@ -253,34 +357,43 @@ class TargetPool:
             self._lose(replica, "died for good")
             self._record("failed", str(replica.failure))
         except RayActorError:
+            if replica.is_placed:
+                replica.is_placed, replica.asked_s = False, now
             self._lose(replica, "lost its process; Ray restarts it")
         except RayTaskError as error:
-            replica.is_placed = True
-            replica.failure = _cause(error, self._config.model)
+            replica.is_placed, replica.missing = True, ""
+            was_known, replica.failure = replica.failure is not None, _cause(error, self._config.model)
             self._lose(replica, str(replica.failure))
-            self._reload(replica, now)
+            if replica.last_address:
+                self._reload(replica, now)
+            elif replica.is_added and not was_known:  # one that never loaded would only fail again
+                self._record("failed", f"target {replica.index} does not load: {replica.failure}")
         else:
-            replica.is_placed = True
+            replica.is_placed, replica.missing = True, ""
             replica.answered_s = now
             if address is None:
                 self._lose(replica, "lost its process; the restarted one loads")
             else:
                 self._welcome(replica, address)
 
-    def _welcome(self, replica: _Replica, address: str) -> None:
+    def _welcome(self, replica: Replica, address: str) -> None:
         if replica.last_address not in (None, address):
             self._record("restart", f"target {replica.index} restarted and serves at {address}")
+        elif replica.last_address is None and replica.is_added:
+            self._record("serving", f"target {replica.index} serves at {address}")
         replica.address = replica.last_address = address
-        replica.failure = None
+        replica.failure, replica.lost = None, ""
 
-    def _lose(self, replica: _Replica, reason: str) -> None:
+    def _lose(self, replica: Replica, reason: str) -> None:
         if replica.address:
             self._record("gone", f"target {replica.index} at {replica.address} {reason}")
         replica.address = None
+        if replica.last_address:
+            replica.lost = reason
 
-    def _reload(self, replica: _Replica, now: float) -> None:
-        """Restart a target that has served before; one that never loaded would only fail again."""
-        if replica.last_address is None or now - replica.restarted_s < RELOAD_PAUSE_S:
+    def _reload(self, replica: Replica, now: float) -> None:
+        """Restart a target that has served before."""
+        if now - replica.restarted_s < RELOAD_PAUSE_S:
             return
         replica.restarted_s = now
         self._record("failed", f"target {replica.index} is restarted: {replica.failure}")
@@ -300,18 +413,6 @@ class TargetPool:
     def _record(self, kind: str, message: str) -> None:
         with self._changed:
             self._events.append(Event(time_s=time.time(), kind=kind, message=message))
-
-
-def _state(replica: _Replica) -> TargetState:
-    """The watcher's knowledge as a record."""
-    message = str(replica.failure or "")
-    if replica.address:
-        return TargetState(index=replica.index, state="serving", address=replica.address)
-    if replica.is_dead:
-        return TargetState(index=replica.index, state="failed", address=replica.last_address, message=message)
-    if replica.last_address:
-        return TargetState(index=replica.index, state="silent", address=replica.last_address, message=message)
-    return TargetState(index=replica.index, state="loading" if replica.is_placed else "pending", message=message)
 
 
 def _cause(error: RayTaskError, model: str) -> SlipstreamError:
