@@ -24,6 +24,8 @@ class FeatureBatch:
         target_hidden_states: [B, T, L·D] outputs of the captured layers, concatenated in the order of their ids.
         target_last_hidden_states: [B, T, D] after the final norm. Only the rows that `Drafter.needed_rows` marks are
             read; the others may hold anything.
+        loss_lengths: [B] float32, what Eagle3 divides the sum of each row's losses by: T as the reference has it, or
+            each sample's own length, so that it counts the same whatever it is batched with.
     """
 
     input_ids: Tensor
@@ -31,6 +33,7 @@ class FeatureBatch:
     attention_mask: Tensor
     target_hidden_states: Tensor
     target_last_hidden_states: Tensor
+    loss_lengths: Tensor
 
     @classmethod
     def from_tensors(
@@ -40,6 +43,7 @@ class FeatureBatch:
         attention_mask: Tensor | None,
         target_hidden_states: Tensor,
         target_last_hidden_states: Tensor,
+        loss_lengths: Tensor | None = None,
     ) -> Self:
         """Check shapes and bring masks to bool.
 
@@ -49,6 +53,7 @@ class FeatureBatch:
             attention_mask: [B, T] 0/1 or bool; None if nothing is padding.
             target_hidden_states: [B, T, L·D] floating point.
             target_last_hidden_states: [B, T, D] floating point.
+            loss_lengths: [B] above 0; None is T for every row.
 
         Raises:
             ValueError: A shape does not fit the shape of ``input_ids``.
@@ -68,7 +73,34 @@ class FeatureBatch:
         for name, tensor in features.items():
             if tensor.dim() != 3 or tuple(tensor.shape[:2]) != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, but must be [B, T, …] with [B, T] = {list(shape)}")
-        return cls(input_ids.long(), loss_mask.bool(), attention_mask.bool(), **features)
+        if loss_lengths is None:
+            loss_lengths = torch.full(shape[:1], float(shape[1]), device=input_ids.device)
+        if tuple(loss_lengths.shape) != shape[:1]:
+            raise ValueError(f"loss_lengths is {list(loss_lengths.shape)}, but must be [B] = {[shape[0]]}")
+        return cls(
+            input_ids.long(), loss_mask.bool(), attention_mask.bool(), **features, loss_lengths=loss_lengths.float()
+        )
+
+    def check_finite(self, last_rows: Tensor) -> None:
+        """Check that features which training reads are numbers.
+
+        Args:
+            last_rows: [B, T] bool, the rows of the target's last hidden state that are read.
+
+        Raises:
+            ValueError: There is a NaN or an infinity; the message says in which sample and at which token.
+        """
+        # Masked attention multiplies values that it does not see by zero, which leaves a NaN a NaN: every row counts.
+        context = ~self.target_hidden_states.isfinite().all(-1)
+        last = ~self.target_last_hidden_states.isfinite().all(-1) & last_rows
+        if not bool((context | last).any()):
+            return
+        name, rows = ("target_hidden_states", context) if context.any() else ("target_last_hidden_states", last)
+        sample, token = rows.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} has NaN or infinite values at {int(rows.sum())} of {rows.numel()} tokens, token {token} of sample "
+            f"{sample} first: the target overflows (try target.dtype bfloat16 or float32), or the features were damaged"
+        )
 
     def to(self, device: torch.device | str) -> FeatureBatch:
         """The same batch on another device."""
@@ -78,4 +110,5 @@ class FeatureBatch:
             self.attention_mask.to(device),
             self.target_hidden_states.to(device),
             self.target_last_hidden_states.to(device),
+            self.loss_lengths.to(device),
         )

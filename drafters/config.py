@@ -8,14 +8,28 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BLOCK_SETTINGS = frozenset(
-    ("block_size", "num_anchors", "mask_token_id", "sample_from_anchor", "warm_start_layers", "permute_context")
-    + ("loss_decay_gamma", "ce_loss_alpha", "l1_loss_alpha")
+    (
+        "block_size",
+        "num_anchors",
+        "mask_token_id",
+        "sample_from_anchor",
+        "warm_start_layers",
+        "permute_context",
+        "loss_decay_gamma",
+        "ce_loss_alpha",
+        "l1_loss_alpha",
+    )
 )
 """Settings of the block-parallel drafters alone."""
 
 HEAD_SETTINGS = frozenset(
-    ("markov_rank", "markov_head_type")
-    + ("enable_confidence_head", "confidence_head_with_markov", "confidence_head_alpha")
+    (
+        "markov_rank",
+        "markov_head_type",
+        "enable_confidence_head",
+        "confidence_head_with_markov",
+        "confidence_head_alpha",
+    )
 )
 """Settings of DSpark alone."""
 
@@ -167,13 +181,14 @@ class DrafterConfig(BaseModel):
         return {name: defaults.get(name, fields[name].default) for name in FOREIGN_SETTINGS[self.algorithm]}
 
     def _check_layer_ids(self, layer_ids: tuple[int, ...], num_target_layers: int) -> None:
-        first = 0 if self.algorithm == "eagle3" else -1
+        first, last = 0 if self.algorithm == "eagle3" else -1, num_target_layers - 2
+        lowest = "0" if first == 0 else "-1 (the embedding)"
         if list(layer_ids) != sorted(set(layer_ids)):
             raise ValueError(f"drafter.target_layer_ids {list(layer_ids)} must ascend without repeats")
-        if layer_ids[0] < first or layer_ids[-1] > num_target_layers - 2:
+        if layer_ids[0] < first or layer_ids[-1] > last:
             raise ValueError(
-                f"drafter.target_layer_ids {list(layer_ids)} must lie between {first}{' (the embedding)' * (first < 0)} "
-                f"and {num_target_layers - 2}: the target has {num_target_layers} layers, and the last is never captured"
+                f"drafter.target_layer_ids {list(layer_ids)} must lie between {lowest} and {last}: the target has "
+                f"{num_target_layers} layers, and the last is never captured"
             )
         if self._num_layer_ids not in (None, len(layer_ids)):
             raise ValueError(
@@ -214,7 +229,7 @@ RELEASED_LAYER_IDS = {
 
 
 def settings_of(algorithm: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a `drafter` section written for one algorithm another one has, too: block size for DFlash, not for Eagle3.
+    """What of a `drafter` section that was written for one algorithm another one has, too.
 
     Args:
         algorithm: The other one.

@@ -1,4 +1,4 @@
-"""DFlash: the block-parallel backbone with the frozen head alone, trained on cross-entropy (specs: "DFlash and DSpark").
+"""DFlash: the block-parallel backbone and the frozen head alone, trained on cross-entropy (specs: "DFlash and DSpark").
 
 Everything but its defaults is DSpark's without a Markov and a confidence head; the target's distribution is computed
 for metrics, without gradient.

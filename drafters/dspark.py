@@ -94,7 +94,9 @@ class DSparkDrafter(BlockBackbone):
 
         Raises:
             TypeError: An unknown loss setting.
+            ValueError: Features that the loss needs are NaN or infinite.
         """
+        batch.check_finite(self.needed_rows(batch.loss_mask))
         reduce = reduce or keep_local
         device = batch.input_ids.device
         alphas = replace(self.loss_settings, **loss_settings)

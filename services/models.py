@@ -56,17 +56,10 @@ def read_shape(folder: Path) -> ModelShape:
     Raises:
         TargetError: The config is missing, no JSON, or lacks a number.
     """
-    path = folder / "config.json"
-    try:
-        outer: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TargetError(f"cannot read {path}: {error}") from error
-    if not isinstance(outer, dict):
-        raise TargetError(f"cannot read {path}: it is a JSON {type(outer).__name__}, not an object")
-    config: dict[str, Any] = outer.get("text_config") or outer
+    config = text_values(folder)
     try:
         return ModelShape(
-            model_type=config.get("model_type") or outer["model_type"],
+            model_type=config["model_type"],
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
@@ -74,7 +67,24 @@ def read_shape(folder: Path) -> ModelShape:
             fingerprint=_fingerprint(folder),
         )
     except KeyError as error:
-        raise TargetError(f"{path} has no {error}: is it a decoder-only language model?") from error
+        raise TargetError(f"{folder / 'config.json'} has no {error}: is it a decoder-only language model?") from error
+
+
+def text_values(folder: Path) -> dict[str, Any]:
+    """The values of a model folder's text config: of ``config.json``, or of the text config nested in it.
+
+    Raises:
+        TargetError: The config is missing or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        outer: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TargetError(f"cannot read {path}: {error}") from error
+    if not isinstance(outer, dict):
+        raise TargetError(f"cannot read {path}: it is a JSON {type(outer).__name__}, not an object")
+    inherited = {name: outer[name] for name in ("model_type", "tie_word_embeddings") if name in outer}
+    return inherited | (outer.get("text_config") or outer)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from drafters.config import DrafterConfig
-from drafters.registry import check_family, find_algorithm
+from drafters.registry import check_target, find_algorithm
 from services.contracts import LastRows, TableSignature
 from services.errors import RecipeError
-from services.models import ModelShape, find_model, read_shape
+from services.models import ModelShape, find_model, read_shape, text_values
 from trainer.recipe import Recipe
 
 
@@ -37,7 +37,7 @@ def prepare(recipe: Recipe) -> Preparation:
     folder = find_model(recipe.target.model, weights=False)
     shape = read_shape(folder)
     try:
-        check_family(shape.model_type)
+        check_target(text_values(folder))
         drafter: DrafterConfig = recipe.drafter.resolve(
             num_target_layers=shape.num_layers, vocab_size=shape.vocab_size, model_type=shape.model_type
         )

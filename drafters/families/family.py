@@ -68,6 +68,7 @@ class Family(ABC):
         """c where logits of target and drafter are c · tanh(logits / c); None where they are as they are."""
         return None
 
+    @abstractmethod
     def check_warm_start(self, target_values: Mapping[str, Any], layer_id: int) -> None:
         """Check that a draft layer can begin with this layer of a target, whose text config these values are.
 

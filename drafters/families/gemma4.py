@@ -88,7 +88,10 @@ class Gemma4Family(Family):
         head_dim, num_key_value_heads = _full_attention_shape(values)
         values |= {name: value for name, value in NOT_IN_DRAFTS.items() if name in values}
         values |= {"global_head_dim": head_dim, "num_global_key_value_heads": num_key_value_heads}
-        values |= {"target_model_type": _outer_model_type(text_config), "target_text_model_type": text_config.model_type}
+        values |= {
+            "target_model_type": _outer_model_type(text_config),
+            "target_text_model_type": text_config.model_type,
+        }
         del values["per_layer_config"]
         return values
 
@@ -154,7 +157,9 @@ def _full_attention_shape(values: Mapping[str, Any]) -> tuple[int, int | None]:
     ]
     shapes = {(entry.get("head_dim"), entry.get("num_key_value_heads")) for entry in entries}
     if len(shapes) > 1:
-        raise ValueError(f"full-attention layers of per_layer_config differ, {sorted(map(str, shapes))}: which to draft?")
+        raise ValueError(
+            f"full-attention layers of per_layer_config differ, {sorted(map(str, shapes))}: which to draft?"
+        )
     head_dim, num_key_value_heads = shapes.pop() if shapes else (None, None)
     return head_dim or values["head_dim"], num_key_value_heads
 

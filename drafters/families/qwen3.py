@@ -73,5 +73,10 @@ class Qwen3Family(Family):
             attention.widen(attention_inputs)
         return PreNormLayer(attention, mlp_class(config), self.norm(config), self.norm(config))
 
+    def check_warm_start(self, target_values: Mapping[str, Any], layer_id: int) -> None:
+        """Every layer of a dense target."""
+        if (kind := target_values.get("model_type")) != "qwen3":
+            raise ValueError(f"the layers of {kind} are not those of its dense drafter: unset warm_start_layers")
+
 
 QWEN3 = Qwen3Family()

@@ -1,7 +1,7 @@
-"""Greedy decoding of a small trained target, round by round as the reference toolkit decoded it.
+"""Greedy decoding of small trained targets, round by round as the reference toolkit decoded them.
 
-`tests/golden/decode_dspark_qwen3` holds the target, the drafter and, for six prompts at two confidence thresholds,
-output ids and the lengths of every round.
+Each `tests/golden/decode_*` folder holds a target, a drafter and, for some prompts, output ids and the lengths of every
+round; with a confidence head at two thresholds.
 """
 
 import json
@@ -26,14 +26,21 @@ BY_THRESHOLD = {
 }
 
 
+def write_checkpoint(case_folder, folder):
+    """The golden drafter as a native checkpoint folder."""
+    case = json.loads((case_folder / "case.json").read_text())
+    (folder / "config.json").write_text(json.dumps(case["draft_config"]))
+    shutil.copy(case_folder / "weights.safetensors", folder / "model.safetensors")
+    return folder
+
+
+def load_target(case_folder):
+    return AutoModelForCausalLM.from_pretrained(case_folder / "target", dtype=torch.float32).eval()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The golden drafter as a native checkpoint folder."""
-    folder = tmp_path_factory.mktemp("drafter")
-    case = json.loads((CASE / "case.json").read_text())
-    (folder / "config.json").write_text(json.dumps(case["draft_config"]))
-    shutil.copy(CASE / "weights.safetensors", folder / "model.safetensors")
-    return folder
+    return write_checkpoint(CASE, tmp_path_factory.mktemp("drafter"))
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +50,31 @@ def drafter(checkpoint):
 
 @pytest.fixture(scope="module")
 def target():
-    return AutoModelForCausalLM.from_pretrained(CASE / "target", dtype=torch.float32).eval()
+    return load_target(CASE)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3])
-def test_rounds_equal_the_reference(target, drafter, threshold):
-    results = BY_THRESHOLD[threshold]
-    assert len(results) == 6
+@pytest.mark.parametrize(
+    ("name", "threshold", "num_prompts"),
+    [
+        ("decode_dspark_qwen3", 0.0, 6),
+        ("decode_dspark_qwen3", 0.3, 6),
+        ("decode_dspark_gemma4", 0.0, 4),
+        ("decode_dspark_gemma4", 0.3, 4),
+        ("decode_dflash_qwen3", 0.0, 6),
+    ],
+)
+def test_rounds_equal_the_reference(tmp_path, name, threshold, num_prompts):
+    folder = CASE.parent / name
+    decode = json.loads((folder / "decode.json").read_text())
+    results = [result for result in decode["results"] if result["threshold"] == threshold]
+    assert len(results) == num_prompts
     output = speculative_generate(
-        target,
-        drafter,
+        load_target(folder),
+        load_drafter(write_checkpoint(folder, tmp_path), dtype=torch.float32),
         [torch.tensor(result["prompt"]) for result in results],
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=DECODE["temperature"],
-        stop_token_ids=STOPS,
+        max_new_tokens=decode["max_new_tokens"],
+        temperature=decode["temperature"],
+        stop_token_ids=decode["stop_token_ids"],
         confidence_threshold=threshold,
     )
     assert output.output_ids == [result["output_ids"] for result in results]

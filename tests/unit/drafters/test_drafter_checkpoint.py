@@ -32,7 +32,9 @@ def edit_tensors(folder, change):
         {},
         {"markov_head_type": "gated", "confidence_head_with_markov": False},
         {"markov_head_type": "rnn", "ce_loss_alpha": 0.3, "loss_decay_gamma": 2.5, "permute_context": True},
-        {"markov_rank": 0, "enable_confidence_head": False},
+        {"markov_rank": 0, "confidence_head_with_markov": False},
+        {"algorithm": "dflash", "markov_rank": 0},
+        {"algorithm": "dflash", "markov_rank": 0, "sample_from_anchor": False},
     ],
 )
 def test_saved_drafter_loads_with_the_same_weights_settings_and_loss(make_drafter, make_batch, tmp_path, settings):
@@ -121,8 +123,9 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(make_drafter, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3Eagle3Model"]}, "'Qwen3Eagle3Model'; there is: Qwen3DSparkModel"),
-        ({"model_type": "llama"}, "model type 'llama'; there is: qwen3"),
+        ({"architectures": ["Qwen3MedusaModel"]}, "'Qwen3MedusaModel'; there is: Qwen3DSparkModel, Qwen3Eagle3Model"),
+        ({"architectures": ["Qwen3Eagle3Model"]}, "lacks 'ttt_length'"),
+        ({"model_type": "llama"}, "no llama drafter architecture 'Qwen3DSparkModel'"),
         ({"block_size": None}, "lacks 'block_size'"),
         ({"architectures": None}, "lacks 'architectures'"),
         ({"target_layer_ids": [0, 2, 5]}, "the last is never captured"),

@@ -93,7 +93,7 @@ def test_target_layers_become_the_draft_layers_and_the_deepest_features_the_cont
 
 def test_layer_that_the_target_does_not_have_is_named(make_drafter, target_config, tmp_path):
     Qwen3ForCausalLM(target_config).save_pretrained(tmp_path)
-    with pytest.raises(TargetWeightsError, match=r"one tensor named layers\.6\."):
+    with pytest.raises(TargetWeightsError, match=r"no tensor named model\.layers\.6\."):
         copy_target_layers(make_drafter(), tmp_path, (1, 6))
 
 
