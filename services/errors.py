@@ -50,6 +50,12 @@ class CheckpointError(SlipstreamError):
     status = "FAILED_PRECONDITION"
 
 
+class ClusterError(SlipstreamError):
+    """A Ray cluster does not answer, refuses the token, or runs another version of Ray."""
+
+    status = "UNAVAILABLE"
+
+
 class PlacementError(SlipstreamError):
     """An actor could not be placed: the cluster lacks a resource that the recipe asks for."""
 
@@ -118,6 +124,18 @@ class UnknownSampleError(ReplayError):
     """A sample id is not, or no longer, in the table."""
 
     status = "NOT_FOUND"
+
+
+class PausedError(SlipstreamError):
+    """The run is paused: no further step is granted until it continues."""
+
+    status = "UNAVAILABLE"
+
+
+class StoppedError(SlipstreamError):
+    """The run was asked to stop and has ended in order; it can be resumed."""
+
+    status = "CANCELLED"
 
 
 class DeadlineError(SlipstreamError):

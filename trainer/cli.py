@@ -9,6 +9,7 @@ import typer
 
 from trainer.commands import bench
 from trainer.commands.run import demo, run
+from trainer.commands.submit import submit
 
 app = typer.Typer(
     name="slipstream",
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 app.command()(demo)
 app.command()(run)
+app.command()(submit)
 app.add_typer(bench.app, name="bench")
 
 

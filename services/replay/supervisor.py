@@ -1,8 +1,9 @@
 """Keeps the embedded Redis alive, and ends it when the driver is gone.
 
 Run as `python -m services.replay.supervisor`, with the driver holding the other end of standard input: end of file
-ends Redis, however the driver died. It is no child of Ray and has its own session, so neither a Ctrl-C at the terminal
-nor the end of a worker reaches it. One line on standard output says `ready`, or why not.
+ends Redis, however the driver died, and nothing else does but SIGKILL: a driver that is asked to stop needs Redis until
+its last checkpoint is written. It is no child of Ray and has its own session, so neither a Ctrl-C at the terminal nor
+the end of a worker reaches it. One line on standard output says `ready`, or why not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ NONCE_KEY = "slipstream:nonce"
 START_TIMEOUT_S = 15.0
 POLL_S = 0.1
 START_POLL_S = 0.01
-STOP_TIMEOUT_S = 2.0
 
 MOST_RESTARTS = 5
 RESTART_WINDOW_S = 60.0
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--log", required=True, type=Path, help="where Redis and the supervisor log")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to every process below the driver at once
     supervisor = _Supervisor(arguments.server, arguments.socket, arguments.maxmemory, arguments.log)
     try:
         return supervisor.run()
@@ -113,7 +113,7 @@ class _Supervisor:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **MALLOC_SETTINGS},
-            preexec_fn=_die_with_parent,  # this process has one thread, so the hook is safe
+            preexec_fn=_live_as_long_as_parent,  # this process has one thread, so the hook is safe
         )
         # redis-py's own retries would hide for seconds that the server has ended.
         client = redis.Redis(
@@ -134,12 +134,8 @@ class _Supervisor:
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()  # it saves nothing, so there is nothing to end in order
+            self._process.wait()
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
     def _note(self, message: str) -> None:
@@ -153,8 +149,12 @@ def _tell(line: str) -> None:
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the supervisor dies, even by SIGKILL; elsewhere there is no such call."""
+def _live_as_long_as_parent() -> None:
+    """Tie Redis to the supervisor: deaf to SIGTERM as that is, and killed by Linux when it dies, even by SIGKILL.
+
+    Redis has a handler of its own for SIGTERM, but leaves the mask of blocked signals as it finds it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

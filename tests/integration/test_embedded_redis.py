@@ -35,6 +35,13 @@ def server_of(supervisor_pid: int) -> psutil.Process:
     return server
 
 
+def pending_signals(pid: int) -> set[signal.Signals]:
+    """Signals that were sent to a process and are blocked by it."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("ShdPnd")]
+    mask = int(line.split()[1], 16)
+    return {number for number in signal.Signals if mask >> (number - 1) & 1}
+
+
 def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
@@ -51,6 +58,20 @@ def test_server_is_private_and_never_evicts(embedded: EmbeddedRedis) -> None:
     assert client.config_get("save") == {"save": ""} or client.config_get("save") == {b"save": b""}
     assert client.config_get("port") in ({"port": "0"}, {b"port": b"0"})
     check_server(client, CAPACITY_BYTES)
+
+
+def test_sigterm_to_every_process_ends_neither_redis_nor_its_supervisor(embedded: EmbeddedRedis) -> None:
+    """`ray job stop` sends it to all of them at once, and the driver still has a checkpoint to write."""
+    client = connect(embedded.url)
+    client.set("step", 7)
+    server = server_of(embedded.pid)
+    for pid in (embedded.pid, server.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert client.get("step") == b"7"
+    embedded.check()
+    assert signal.SIGTERM in pending_signals(server.pid), "blocked, and not yet to come"
+    embedded.close()
+    assert is_gone(server)
 
 
 def test_socket_stays_short_when_the_temporary_folder_is_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from trainer.preparation import prepare
 from trainer.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "infra" / "recipes").glob("*.yaml"))
+DEMO_OF_A_CHECKOUT = ROOT / "infra" / "recipes" / "demo.yaml"
+RECIPES = sorted(set((ROOT / "infra" / "recipes").glob("*.yaml")) - {DEMO_OF_A_CHECKOUT})
 DEMO_RECIPES = sorted((ROOT / "trainer" / "demo").glob("*.yaml"))
 
 # As the targets' own config.json have them.
@@ -99,3 +100,9 @@ def test_demo_recipe_fits_the_target_it_ships_with() -> None:
     assert DEMO_RECIPES, "trainer/demo has no recipe"
     for path in DEMO_RECIPES:
         prepare(load_recipe(path, [f"target.model={path.parent / 'target'}"]))
+
+
+def test_demo_recipe_of_a_checkout_is_the_one_that_ships() -> None:
+    """A link, so that the two cannot drift apart; and from the checkout's root it finds its target."""
+    assert DEMO_OF_A_CHECKOUT.read_bytes() == (ROOT / "trainer" / "demo" / "recipe.yaml").read_bytes()
+    assert (ROOT / load_recipe(DEMO_OF_A_CHECKOUT).target.model / "config.json").exists()

@@ -88,7 +88,9 @@ def _run(
             _show_plan(recipe, console, as_json=as_json)
             return
         from trainer.job import run_job  # imports Ray
+        from trainer.ray_job import adapt_to_ray_job
 
+        recipe = adapt_to_ray_job(recipe, console.say)
         _stop_on_sigterm()
         with console:
             summary = run_job(recipe, console, local_ray=local_ray, started_s=STARTED_S)

@@ -1,0 +1,244 @@
+"""A run as a Ray job on a cluster with token authentication: submitted, streamed, stopped, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import MARK, SMALL, steps_done
+from waiting import wait_until
+
+from trainer.checkpoint import checkpoint_step, latest_checkpoint
+from trainer.ray_job import STOP_WAIT_S, STOP_WAIT_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+RECIPE = "infra/recipes/demo.yaml"
+
+STEPS_BEFORE_STOP = 7
+MORE_STEPS = 5
+
+
+@dataclass
+class Cluster:
+    """A `ray start --head` of this test's own.
+
+    Attributes:
+        url: Its job server.
+        home: Home directory of its processes.
+        environment: Of who may use it: the token is in it.
+        mark: Value of `MARK` in all its processes.
+        own_pids: The processes of the cluster itself.
+    """
+
+    url: str
+    home: Path
+    environment: dict[str, str]
+    mark: str
+    own_pids: set[int] = field(default_factory=set)
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A command of a user of the cluster, in the checkout."""
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command: str, timeout_s: float = 120, **environment: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command."""
+        process = self.start(*command, **environment)
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return process.returncode, output, errors
+
+    def ray_job(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
+        """`ray job …`."""
+        verb, *rest = arguments
+        return self.run(str(BIN / "ray"), "job", verb, "--address", self.url, *rest, **options)
+
+    def submit(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
+        """`slipstream submit …`."""
+        return self.run(str(BIN / "slipstream"), "submit", RECIPE, "--address", self.url, *arguments, **options)
+
+    def left_behind(self) -> list[str]:
+        """Command lines of living processes that jobs have started here; idle workers are Ray's to keep."""
+        lines = {process.pid: " ".join(process.info["cmdline"] or []).strip() for process in marked(self.mark)}
+        return [f"{pid} {line}" for pid, line in lines.items() if pid not in self.own_pids and line != "ray::IDLE"]
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Living processes with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    home = tmp_path_factory.mktemp("home")
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    session = Path(tempfile.mkdtemp(prefix="slip-ray-", dir="/tmp"))  # its sockets need a short path
+    mark = uuid.uuid4().hex
+    environment = {
+        **os.environ,
+        MARK: mark,
+        "HOME": str(home),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    try:
+        started = subprocess.run(
+            [
+                *(str(BIN / "ray"), "start", "--head", "--port", "0", "--node-ip-address", "127.0.0.1"),
+                *("--dashboard-port", "0", "--dashboard-agent-listen-port", "0", "--temp-dir", str(session)),
+                *("--num-cpus", "4", "--num-gpus", "0", "--object-store-memory", str(80 * 1024**2)),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert started.returncode == 0, started.stdout + started.stderr
+        address = re.search(r"RAY_API_SERVER_ADDRESS='(http://[^']+)'", started.stdout)
+        assert address, started.stdout
+        cluster = Cluster(address[1], home, environment, mark)
+        cluster.own_pids = {process.pid for process in marked(mark)}
+        yield cluster
+    finally:
+        for _ in range(2):  # a raylet may still be starting a worker
+            for process in marked(mark):
+                process.kill()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@pytest.mark.timeout(300)
+def test_job_is_stopped_in_order_and_the_next_one_goes_on_with_the_run(cluster: Cluster) -> None:
+    output_dir = cluster.home / "slipstream-demo"  # where a job's relative output_dir is
+
+    watching = cluster.start(
+        *(str(BIN / "slipstream"), "submit", RECIPE, "--address", cluster.url, "--name", "first"),
+        *(*SMALL, "trainer.checkpoint_every=500"),
+    )
+    try:
+        wait_until(
+            lambda: steps_done(output_dir) >= STEPS_BEFORE_STOP or watching.poll() is not None,
+            lambda: cluster.ray_job("logs", "first")[1],
+            120,
+        )
+        assert watching.poll() is None, watching.communicate()
+        assert cluster.ray_job("stop", "first")[0] == 0
+        log, errors = watching.communicate(timeout=60)
+    finally:
+        watching.kill()
+    assert watching.returncode == 1, errors
+    assert "job first stopped" in log
+    assert f"output_dir is {output_dir}" in log
+    assert "stopping after this step" in log
+    wait_until(lambda: not cluster.left_behind(), lambda: f"left behind: {cluster.left_behind()}", 30)
+    checkpoint = latest_checkpoint(output_dir)
+    assert checkpoint is not None
+    stopped_at = checkpoint_step(checkpoint)
+    assert stopped_at >= STEPS_BEFORE_STOP
+    assert stopped_at == steps_done(output_dir), "the last step before the stop is in the checkpoint"
+
+    patient = json.dumps({"env_vars": {STOP_WAIT_VARIABLE: str(STOP_WAIT_S)}})
+    streaming = cluster.start(
+        *(str(BIN / "ray"), "job", "submit", "--address", cluster.url, "--working-dir", ".", "--submission-id", "next"),
+        *("--runtime-env-json", patient, "--", "slipstream", "run", RECIPE),
+        *(*SMALL, f"trainer.max_steps={stopped_at + MORE_STEPS}"),
+    )
+    assert streaming.stdout is not None
+    try:
+        lines = iter(streaming.stdout.readline, "")
+        assert any("starting Redis and Ray" in line for line in lines)
+        assert streaming.poll() is None, "the log is there while the job runs"
+        assert steps_done(output_dir) == stopped_at
+        rest, errors = streaming.communicate(timeout=150)
+    finally:
+        streaming.kill()
+    assert streaming.returncode == 0, rest + errors
+    assert f"resumed from {checkpoint}" in rest
+    assert f"step_{stopped_at + MORE_STEPS}" in rest
+    assert "succeeded" in rest
+    summary = json.loads((output_dir / "summary.json").read_text())
+    assert summary["resumed_from_step"] == stopped_at
+    assert summary["steps"] == stopped_at + MORE_STEPS
+    assert summary["ledger"]["balanced"]
+    wait_until(lambda: not cluster.left_behind(), lambda: f"left behind: {cluster.left_behind()}", 30)
+
+
+def test_job_with_a_wrong_setting_fails_and_says_why(cluster: Cluster) -> None:
+    entrypoint = ("slipstream", "run", RECIPE, "trainer.max_step=5")
+    code, log, _ = cluster.ray_job("submit", "--working-dir", ".", "--submission-id", "wrong", "--", *entrypoint)
+    assert code == 1
+    assert "did you mean trainer.max_steps" in log
+    assert "FAILED" in "".join(cluster.ray_job("list")[1:])
+
+
+def test_submission_ends_with_the_status_of_its_job(cluster: Cluster) -> None:
+    code, output, errors = cluster.submit("target.model=/no/such/model", "--json", "--name", "broken")
+    assert code == 1
+    assert json.loads(output) == {"job_id": "broken", "address": cluster.url, "status": "FAILED", "summary": None}
+    assert "/no/such/model" in errors  # the job's log
+
+
+def test_wrong_recipe_is_refused_before_anything_is_uploaded(cluster: Cluster) -> None:
+    code, _, errors = cluster.submit("trainer.max_step=5")
+    assert code == 2
+    assert "did you mean trainer.max_steps" in errors
+    assert "uploading" not in errors
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "wrong" * 8},
+    ],
+    ids=["without a token", "with a wrong token"],
+)
+def test_cluster_refuses_a_job(cluster: Cluster, credentials: dict[str, str]) -> None:
+    code, _, errors = cluster.submit(**credentials)
+    assert code == 1
+    assert "refuses the token" in errors
+    assert "RAY_AUTH_TOKEN_PATH" in errors
+    assert "Traceback" not in errors
+    code, output, errors = cluster.ray_job("submit", "--", "slipstream", "--help", **credentials)
+    assert code != 0
+    assert "uthenticat" in output + errors
+
+
+def test_address_without_a_cluster_is_named(cluster: Cluster) -> None:
+    code, _, errors = cluster.run(str(BIN / "slipstream"), "submit", RECIPE, "--address", "http://127.0.0.1:9")
+    assert code == 1
+    assert "http://127.0.0.1:9" in errors
+    assert "ray start --head" in errors
+    assert "Traceback" not in errors
