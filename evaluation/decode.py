@@ -205,8 +205,13 @@ class _RowDecoder:
 
 def _forward(model: nn.Module, tokens: list[int], cache: DynamicCache, *, last_row_only: bool) -> Tensor:
     """One target forward over new tokens; grows the cache. Returns logits [1 or T, V]."""
-    ids = torch.tensor([tokens], device=next(model.parameters()).device)
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=int(last_row_only))
+    device = next(model.parameters()).device
+    ids = torch.tensor([tokens], device=device)
+    # As a tensor: for a number, layers that share keys with earlier ones compute no other rows, and the tap sees none.
+    last_row = torch.tensor([len(tokens) - 1], device=device)
+    output = model(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last_row if last_row_only else 0
+    )
     logits: Tensor = output.logits[0]
     return logits
 

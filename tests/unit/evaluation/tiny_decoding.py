@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +55,7 @@ class ScriptedDrafter:
         self._script = script
         self.states: list[DraftingState] = []
 
-    def start_drafting(self, seed: int = 0) -> DraftingState:
+    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> DraftingState:
         self.states.append(DraftingState())
         return self.states[-1]
 
