@@ -1,24 +1,35 @@
-"""Attention of the block-parallel backbone: blocks of γ queries over a shared context and their own block.
+"""Attention of the block-parallel backbone: blocks of γ queries over the context before their anchor and over themselves.
 
-Blocks are attended in groups. A group's keys are the context rows before its last anchor, and its own blocks: since
-anchors ascend, that is half of all context rows on average, and no [A·γ, T + A·γ] mask ever exists.
+All samples of a batch stand in one row: their context rows end to end, their blocks end to end. A block sees a span of
+context rows, from where its sample begins to right before its anchor, and its own γ rows. On a GPU FlexAttention skips
+the tiles that nobody sees. On a CPU blocks are taken in groups: a group's keys are the context rows that any of its
+blocks sees, which ascending anchors keep close to what each sees; own blocks are small products by themselves, joined
+with the context in one softmax. Backward computes the probabilities again, so scores of one group alone ever exist.
+
+Letters beside those of `drafters.batch`: M blocks, N context rows, H heads, K key heads, R = H / K, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from drafters.anchors import Anchors
+from drafters.batch import Span
 
 GROUP_QUERIES = 64
-"""Queries attended together. More of them waste work on other blocks' keys, fewer on small matrix products; measured
-on a CPU at T 512 and 48 anchors, 28 to 112 are equally fast and everything beyond is slower."""
+"""Queries that a group has at most. More of them waste work on context that only the later anchors see, fewer on small
+matrix products."""
+
+TILE = 128
+"""Queries and keys of a FlexAttention tile."""
 
 
 class KeyValues(NamedTuple):
@@ -36,19 +47,19 @@ class Rope(NamedTuple):
 
 
 class BlockGroup(NamedTuple):
-    """Blocks attended together.
+    """Blocks of one sample that are attended together.
 
     Attributes:
-        start: First query.
-        end: One past the last query.
-        num_context: Context rows that any block of the group sees.
-        mask: [B, 1, end − start, num_context + end − start] bool, or None if every query sees every key.
+        first: First block.
+        last: One past the last block.
+        span: Context rows that any of them sees.
+        hidden: [blocks, rows of the span] bool, true where a block does not see a row; None if all see all.
     """
 
-    start: int
-    end: int
-    num_context: int
-    mask: Tensor | None
+    first: int
+    last: int
+    span: Span
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -56,65 +67,225 @@ class BlockLayout:
     """Who sees what; built once a batch and shared by all layers.
 
     Attributes:
-        groups: All blocks, in order.
-        alive: [B, 1, A·γ, 1] bool, false for queries of dummy blocks; None if there is no dummy.
+        block_size: γ.
+        groups: All blocks in order, for a CPU.
+        mask: The same for FlexAttention; None on a CPU.
     """
 
-    groups: tuple[BlockGroup, ...]
-    alive: Tensor | None = None
+    block_size: int
+    groups: tuple[BlockGroup, ...] = ()
+    mask: BlockMask | None = None
 
     @classmethod
-    def of_anchors(cls, anchors: Anchors, block_size: int, device: torch.device) -> Self:
-        """A block sees context positions strictly before its anchor, and all of its own block."""
-        positions, keep = anchors.positions.cpu(), anchors.keep.cpu()
-        alive = None
-        if not keep.all():
-            alive = keep.repeat_interleave(block_size, dim=1)[:, None, :, None].to(device)
-        return cls(tuple(_groups(positions, block_size, device)), alive)
+    def of_spans(cls, spans: Sequence[Span], num_context: int, block_size: int, device: torch.device) -> Self:
+        """One span a block. Blocks of a sample have the same start, stand together, and their ends ascend."""
+        if device.type == "cuda":
+            return cls(block_size, mask=flex_mask(spans, num_context, block_size, device))
+        return cls(block_size, tuple(_groups(spans, block_size)))
 
     @classmethod
     def of_one_block(cls, num_context: int, block_size: int) -> Self:
         """One block that sees the whole context: drafting."""
-        return cls((BlockGroup(0, block_size, num_context, None),))
-
-
-def _groups(positions: Tensor, block_size: int, device: torch.device) -> Iterator[BlockGroup]:
-    batch, num_anchors = positions.shape
-    step = max(1, GROUP_QUERIES // block_size)
-    for first in range(0, num_anchors, step):
-        members = positions[:, first : first + step]
-        count = members.shape[1]
-        num_context = int(members.max())
-        queries = members.repeat_interleave(block_size, dim=1).to(device)
-        context = torch.arange(num_context, device=device) < queries[:, :, None]
-        block = torch.arange(count, device=device).repeat_interleave(block_size)
-        own = (block[:, None] == block).expand(batch, -1, -1)
-        mask = torch.cat([context, own], dim=2)[:, None]
-        yield BlockGroup(first * block_size, (first + count) * block_size, num_context, mask)
+        return cls(block_size, (BlockGroup(0, 1, Span(0, num_context), None),))
 
 
 def attend_blocks(queries: Tensor, context: KeyValues, block: KeyValues, layout: BlockLayout, scale: float) -> Tensor:
     """Softmax attention of all blocks.
 
     Args:
-        queries: [B, heads, A·γ, head size], rotated.
-        context: T rows.
-        block: A·γ rows.
+        queries: [1, H, M·γ, d], rotated.
+        context: N rows.
+        block: M·γ rows.
         layout: Who sees what.
         scale: Multiplies the scores.
 
     Returns:
-        [B, heads, A·γ, head size]; zero for queries of dummy blocks.
+        [1, H, M·γ, d].
     """
-    grouped = queries.shape[1] != block.keys.shape[1]
-    outputs = []
-    for start, end, num_context, mask in layout.groups:
-        keys = torch.cat([context.keys[:, :, :num_context], block.keys[:, :, start:end]], dim=2)
-        values = torch.cat([context.values[:, :, :num_context], block.values[:, :, start:end]], dim=2)
-        outputs.append(
-            functional.scaled_dot_product_attention(
-                queries[:, :, start:end], keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
-            )
+    num_blocks = queries.shape[2] // layout.block_size
+    if layout.mask is not None:
+        return _attend_on_gpu(queries, context, block, layout.mask, scale)
+    if num_blocks == 1 and layout.groups[0].hidden is None:
+        [group] = layout.groups
+        keys, values = (
+            torch.cat([rows[:, :, group.span.start : group.span.end], own], dim=2)
+            for rows, own in zip(context, block, strict=True)
         )
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output if layout.alive is None else output * layout.alive
+        grouped = queries.shape[1] != keys.shape[1]
+        return functional.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
+    output: Tensor = _BlockAttention.apply(queries, *context, *block, layout, scale)
+    return output
+
+
+def _groups(spans: Sequence[Span], block_size: int) -> Iterator[BlockGroup]:
+    most = max(1, GROUP_QUERIES // block_size)
+    first = 0
+    while first < len(spans):
+        start, last = spans[first].start, first + 1
+        while last < len(spans) and last - first < most and spans[last].start == start:
+            last += 1
+        ends = torch.tensor([span.end for span in spans[first:last]])
+        furthest = max(start, int(ends.max()))
+        hidden = torch.arange(start, furthest) >= ends[:, None]
+        yield BlockGroup(first, last, Span(start, furthest), hidden if hidden.any() else None)
+        first = last
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention group by group, in float32. Queries of a block stand together, those of its R heads a key head too."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # the base takes anything
+        ctx: Any,
+        queries: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        layout: BlockLayout,
+        scale: float,
+    ) -> Tensor:
+        size, num_key_heads = layout.block_size, own_keys.shape[1]
+        stacked = _stack(queries, num_key_heads, size) * scale
+        rows = _Rows(
+            context_keys[0].float(),
+            context_values[0].float(),
+            _by_block(own_keys, size),
+            _by_block(own_values, size),
+        )
+        own_scores = stacked @ rows.own_keys.transpose(2, 3)
+        output = torch.empty_like(stacked)
+        log_sums = torch.empty_like(stacked[..., :1])
+        for group in layout.groups:
+            members = slice(group.first, group.last)
+            scores = torch.cat([_context_scores(stacked, rows, group), own_scores[:, members]], dim=3)
+            log_sums[:, members] = scores.logsumexp(3, keepdim=True)
+            own_scores[:, members], seen = scores[..., -size:], scores[..., :-size]
+            weights = seen.sub_(log_sums[:, members]).exp_()
+            output[:, members] = (weights.flatten(1, 2) @ rows.values_of(group)).view_as(output[:, members])
+        output += own_scores.sub_(log_sums).exp_() @ rows.own_values
+        ctx.save_for_backward(stacked, *rows, output, log_sums)
+        ctx.layout, ctx.scale, ctx.dtype = layout, scale, queries.dtype
+        return _unstack(output, size, queries.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        stacked, *tensors, output, log_sums = ctx.saved_tensors
+        rows, layout = _Rows(*tensors), ctx.layout
+        grad = _stack(grad_output, len(rows.context_keys), layout.block_size)
+        inner = (grad * output).sum(3, keepdim=True)
+
+        weights = (stacked @ rows.own_keys.transpose(2, 3)).sub_(log_sums).exp_()
+        by_scores = (grad @ rows.own_values.transpose(2, 3)).sub_(inner).mul_(weights)
+        by_queries = by_scores @ rows.own_keys
+        by_own_keys, by_own_values = by_scores.transpose(2, 3) @ stacked, weights.transpose(2, 3) @ grad
+        by_keys, by_values = torch.zeros_like(rows.context_keys), torch.zeros_like(rows.context_values)
+        for group in layout.groups:
+            members, seen = slice(group.first, group.last), slice(*group.span)
+            weights = _context_scores(stacked, rows, group).sub_(log_sums[:, members]).exp_().flatten(1, 2)
+            group_grad = grad[:, members].flatten(1, 2)
+            by_scores = (group_grad @ rows.values_of(group).transpose(1, 2)).sub_(inner[:, members].flatten(1, 2))
+            by_scores.mul_(weights)
+            by_values[:, seen].baddbmm_(weights.transpose(1, 2), group_grad)
+            by_keys[:, seen].baddbmm_(by_scores.transpose(1, 2), stacked[:, members].flatten(1, 2))
+            by_queries[:, members] += (by_scores @ rows.keys_of(group)).view_as(by_queries[:, members])
+
+        return (
+            _unstack(by_queries.mul_(ctx.scale), layout.block_size, ctx.dtype),
+            *(by_rows[None].to(ctx.dtype) for by_rows in (by_keys, by_values)),
+            *(by_rows.flatten(1, 2)[None].to(ctx.dtype) for by_rows in (by_own_keys, by_own_values)),
+            None,
+            None,
+        )
+
+
+class _Rows(NamedTuple):
+    """Keys and values in float32: of the context [K, N, d], of blocks [K, M, γ, d]."""
+
+    context_keys: Tensor
+    context_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+
+    def keys_of(self, group: BlockGroup) -> Tensor:
+        """Context keys that a group sees."""
+        return self.context_keys[:, group.span.start : group.span.end]
+
+    def values_of(self, group: BlockGroup) -> Tensor:
+        """Context values that a group sees."""
+        return self.context_values[:, group.span.start : group.span.end]
+
+
+def _context_scores(stacked: Tensor, rows: _Rows, group: BlockGroup) -> Tensor:
+    """Scores of a group's queries against its context, −∞ where it does not see: [K, blocks, R·γ, rows of the span]."""
+    members = stacked[:, group.first : group.last]
+    scores = (members.flatten(1, 2) @ rows.keys_of(group).transpose(1, 2)).view(*members.shape[:3], -1)
+    return scores if group.hidden is None else scores.masked_fill_(group.hidden[:, None], float("-inf"))
+
+
+def _stack(queries: Tensor, num_key_heads: int, block_size: int) -> Tensor:
+    """[1, H, M·γ, d] → [K, M, R·γ, d] float32."""
+    split = queries[0].float().unflatten(0, (num_key_heads, -1)).unflatten(2, (-1, block_size))
+    return split.transpose(1, 2).flatten(2, 3)
+
+
+def _unstack(stacked: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """[K, M, R·γ, d] → [1, H, M·γ, d]."""
+    return stacked.unflatten(2, (-1, block_size)).transpose(1, 2).flatten(2, 3).flatten(0, 1)[None].to(dtype)
+
+
+def _by_block(rows: Tensor, block_size: int) -> Tensor:
+    """[1, K, M·γ, d] → [K, M, γ, d] float32."""
+    return rows[0].float().unflatten(1, (-1, block_size))
+
+
+def flex_mask(spans: Sequence[Span], num_context: int, block_size: int, device: torch.device) -> BlockMask:
+    """The mask of FlexAttention: queries are blocks end to end, keys the context and then the blocks.
+
+    Which tiles hold anything to see follows from the spans, so no mask of single queries and keys is ever built.
+    """
+    num_queries = len(spans) * block_size
+    starts, ends = torch.tensor(spans, dtype=torch.int32).reshape(-1, 2).unbind(1)
+    block_of = torch.arange(num_queries) // block_size
+    tiles = [block_of[first : first + TILE] for first in range(0, num_queries, TILE)]
+    keys = torch.arange(0, num_context + num_queries, TILE)
+    seen, whole = [], []
+    for tile in tiles:
+        context = (keys < ends[tile].max().clamp(max=num_context)) & (keys + TILE > starts[tile].min())
+        own = (keys < num_context + (tile[-1] + 1) * block_size) & (keys + TILE > num_context + tile[0] * block_size)
+        full = (keys >= starts[tile].max()) & (keys + TILE <= ends[tile].min()) & (len(tile) == TILE)
+        seen.append((context | own) & ~full)
+        whole.append(full)
+    starts, ends = starts.to(device), ends.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // block_size
+        in_context = (key >= starts[block]) & (key < ends[block])
+        return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
+
+    return BlockMask.from_kv_blocks(
+        *_tile_lists(torch.stack(seen).to(device)),
+        *_tile_lists(torch.stack(whole).to(device)),
+        BLOCK_SIZE=TILE,
+        mask_mod=sees,
+        seq_lengths=(num_queries, num_context + num_queries),
+    )
+
+
+def _tile_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key tiles each query tile has, [1, 1, tiles], and which, [1, 1, tiles, key tiles], the chosen first."""
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)
+    return chosen.sum(1).int()[None, None], order.int()[None, None].contiguous()
+
+
+def _attend_on_gpu(queries: Tensor, context: KeyValues, block: KeyValues, mask: BlockMask, scale: float) -> Tensor:
+    keys, values = (torch.cat([rows, own], dim=2) for rows, own in zip(context, block, strict=True))
+    grouped = queries.shape[1] != keys.shape[1]
+    return _compiled_flex()(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention as a kernel; the numbers of blocks and rows change from batch to batch."""
+    return torch.compile(flex_attention, dynamic=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from drafters.anchors import Anchors, anchor_candidates, block_inputs, block_positions
+from drafters.anchors import PackedBlocks, anchor_candidates, block_inputs, block_positions
 from drafters.attention import BlockLayout, KeyValues, Rope, attend_blocks
 from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
@@ -105,29 +105,28 @@ class BlockBackbone(Drafter):
         """Row r where r and r + 1 are supervised: [B, T] → [B, T] bool."""
         return anchor_candidates(loss_mask)
 
-    def block_hidden(self, batch: FeatureBatch, anchors: Anchors, generators: Sequence[torch.Generator]) -> Tensor:
+    def block_hidden(self, batch: FeatureBatch, blocks: PackedBlocks, generators: Sequence[torch.Generator]) -> Tensor:
         """Backbone output of every slot of every block.
 
         Args:
-            batch: B rows.
-            anchors: [B, A], on the batch's device.
-            generators: One a row; only the ``permute_context`` control draws from them.
+            batch: B samples.
+            blocks: M blocks, on the CPU.
+            generators: One a sample; only the ``permute_context`` control draws from them.
 
         Returns:
-            [B, A, S, D], after the final norm: the S slots that predict, γ of them or all but the anchor's.
+            [M, S, D], after the final norm: the S slots that predict, γ of them or all but the anchor's.
         """
-        block_size = self._block_size
-        layout = BlockLayout.of_anchors(anchors, block_size, batch.input_ids.device)
-        context = self._fuse(batch.target_hidden_states)
-        context_rope = self._rope(context, self._context_positions(batch, generators))
-        positions = block_positions(anchors.positions, block_size).flatten(1)
-        inputs = block_inputs(batch.input_ids, anchors, block_size, self._mask_token_id).flatten(1)
-        blocks = self.embed_tokens(inputs)
-        block_rope = self._rope(blocks, positions)
+        block_size, device = self._block_size, batch.input_ids.device
+        layout = BlockLayout.of_spans(blocks.spans, len(blocks.context_rows), block_size, device)
+        context = self._fuse(_rows_at(batch.target_hidden_states, blocks.context_rows.to(device))[None])
+        context_rope = self._rope(context, self._context_positions(batch, blocks, generators)[None].to(device))
+        anchor_ids = batch.input_ids.flatten()[blocks.anchor_rows.to(device)]
+        rows = self.embed_tokens(block_inputs(anchor_ids, block_size, self._mask_token_id).view(1, -1))
+        block_rope = self._rope(rows, block_positions(blocks.anchors, block_size).view(1, -1).to(device))
         for layer in self._block_layers:
-            blocks = run_layer(layer, blocks, layer.self_attn.keys_values(context, context_rope), block_rope, layout)
-        hidden: Tensor = self.norm(blocks)
-        return hidden.view(*anchors.positions.shape, block_size, -1)[..., self._first_slot :, :]
+            rows = run_layer(layer, rows, layer.self_attn.keys_values(context, context_rope), block_rope, layout)
+        hidden: Tensor = self.norm(rows)
+        return hidden.view(len(anchor_ids), block_size, -1)[:, self._first_slot :]
 
     def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> BlockDraftState:
         """A state without context. Blocks are drafted whole, whatever stop tokens are in them."""
@@ -200,14 +199,20 @@ class BlockBackbone(Drafter):
     def _rope(self, like: Tensor, positions: Tensor) -> Rope:
         return Rope(*self.rotary(like, positions))
 
-    def _context_positions(self, batch: FeatureBatch, generators: Sequence[torch.Generator]) -> Tensor:
-        """RoPE positions of context rows, [1, T], or [B, T] when the control permutes each row's own positions."""
-        length = batch.input_ids.shape[1]
-        positions = torch.arange(length)[None]
-        if self.settings.permute_context:
-            positions = positions.repeat(len(batch.input_ids), 1)
-            for row, num_tokens, generator in zip(
-                positions, batch.attention_mask.sum(-1).tolist(), generators, strict=True
-            ):
-                row[:num_tokens] = torch.randperm(num_tokens, generator=generator)
-        return positions.to(batch.input_ids.device)
+    def _context_positions(
+        self, batch: FeatureBatch, blocks: PackedBlocks, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """RoPE positions of context rows, [N]: their own, or what the control permutes among those of their sample."""
+        if not self.settings.permute_context:
+            return blocks.context_positions
+        positions = torch.empty(batch.input_ids.numel(), dtype=torch.long)
+        for sample, generator in zip(batch.samples, generators, strict=True):
+            num_tokens = int(batch.attention_mask.flatten()[slice(*sample)].sum())
+            positions[sample.start : sample.start + num_tokens] = torch.randperm(num_tokens, generator=generator)
+        return positions[blocks.context_rows]
+
+
+def _rows_at(features: Tensor, places: Tensor) -> Tensor:
+    """Rows [N, width] of features [B, T, width], by their place among all; as they are if all are wanted."""
+    rows = features.flatten(0, 1)
+    return rows if len(places) == len(rows) else rows.index_select(0, places)

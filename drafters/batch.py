@@ -6,16 +6,25 @@ r Markov rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from itertools import accumulate
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 
+class Span(NamedTuple):
+    """Rows from `start` to right before `end`."""
+
+    start: int
+    end: int
+
+
 @dataclass(frozen=True)
 class FeatureBatch:
-    """One micro-batch, padded to a common length at the end of each row.
+    """One micro-batch: each row one sample, padded at its end to a common length, or one row of samples end to end.
 
     Attributes:
         input_ids: [B, T] int64.
@@ -26,6 +35,7 @@ class FeatureBatch:
             read; the others may hold anything.
         loss_lengths: [B] float32, what Eagle3 divides the sum of each row's losses by: T as the reference has it, or
             each sample's own length, so that it counts the same whatever it is batched with.
+        sample_lengths: Packed: the only row holds samples of these many tokens end to end. None: each row is one.
     """
 
     input_ids: Tensor
@@ -34,6 +44,14 @@ class FeatureBatch:
     target_hidden_states: Tensor
     target_last_hidden_states: Tensor
     loss_lengths: Tensor
+    sample_lengths: tuple[int, ...] | None = None
+
+    @property
+    def samples(self) -> tuple[Span, ...]:
+        """Where each sample stands among the tokens of all rows, counted row by row."""
+        num_rows, length = self.input_ids.shape
+        lengths = self.sample_lengths or (length,) * num_rows
+        return tuple(Span(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True))
 
     @classmethod
     def from_tensors(
@@ -44,6 +62,7 @@ class FeatureBatch:
         target_hidden_states: Tensor,
         target_last_hidden_states: Tensor,
         loss_lengths: Tensor | None = None,
+        sample_lengths: Sequence[int] | None = None,
     ) -> Self:
         """Check shapes and bring masks to bool.
 
@@ -54,6 +73,7 @@ class FeatureBatch:
             target_hidden_states: [B, T, L·D] floating point.
             target_last_hidden_states: [B, T, D] floating point.
             loss_lengths: [B] above 0; None is T for every row.
+            sample_lengths: Tokens of the samples that a packed row holds end to end; None is one sample a row.
 
         Raises:
             ValueError: A shape does not fit the shape of ``input_ids``.
@@ -77,8 +97,18 @@ class FeatureBatch:
             loss_lengths = torch.full(shape[:1], float(shape[1]), device=input_ids.device)
         if tuple(loss_lengths.shape) != shape[:1]:
             raise ValueError(f"loss_lengths is {list(loss_lengths.shape)}, but must be [B] = {[shape[0]]}")
+        if sample_lengths is not None and (shape[0] != 1 or sum(sample_lengths) != shape[1] or min(sample_lengths) < 1):
+            raise ValueError(
+                f"samples of {list(sample_lengths)} tokens do not fill input_ids {list(shape)}: packed, it must be "
+                "[1, T] with T their sum"
+            )
         return cls(
-            input_ids.long(), loss_mask.bool(), attention_mask.bool(), **features, loss_lengths=loss_lengths.float()
+            input_ids.long(),
+            loss_mask.bool(),
+            attention_mask.bool(),
+            **features,
+            loss_lengths=loss_lengths.float(),
+            sample_lengths=None if sample_lengths is None else tuple(sample_lengths),
         )
 
     def check_finite(self, last_rows: Tensor) -> None:
@@ -111,4 +141,5 @@ class FeatureBatch:
             self.target_hidden_states.to(device),
             self.target_last_hidden_states.to(device),
             self.loss_lengths.to(device),
+            self.sample_lengths,
         )

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from drafters.anchors import Anchors, Slots, anchor_candidates, draw_anchors, seeded_generators, supervise
+from drafters.anchors import (
+    Anchors,
+    PackedBlocks,
+    Slots,
+    anchor_candidates,
+    draw_anchors,
+    seeded_generators,
+    supervise,
+)
 from drafters.backbone import BlockBackbone, BlockDraftState
 from drafters.batch import FeatureBatch
 from drafters.confidence import ConfidenceHead
@@ -32,17 +40,24 @@ from drafters.metrics import MetricSums, Reduce, add_acceptance, add_confidence,
 
 
 class SlotOutputs(NamedTuple):
-    """What the heads make of the backbone's output, for all slots.
+    """What the heads make of the backbone's output, for all slots of M blocks.
 
     Attributes:
-        hidden: [B, A, γ, D].
-        latent: [B, A, γ, r] of the Markov head; None without it.
-        confidence: [B, A, γ] logits; None without the head.
+        chosen: [M] int64, which of the [B · A] anchors the blocks start at.
+        hidden: [M, γ, D].
+        latent: [M, γ, r] of the Markov head; None without it.
+        confidence: [M, γ] logits; None without the head.
     """
 
+    chosen: Tensor
     hidden: Tensor
     latent: Tensor | None
     confidence: Tensor | None
+
+    def of_all(self, values: Tensor, like: Tensor) -> Tensor:
+        """Values [M, γ, …] of the blocks as those of all anchors [B, A, γ, …], zero for dummies."""
+        everything = values.new_zeros(like.shape[0] * like.shape[1], *values.shape[1:])
+        return everything.index_copy(0, self.chosen, values).unflatten(0, like.shape[:2])
 
 
 class DSparkDrafter(BlockBackbone):
@@ -84,10 +99,10 @@ class DSparkDrafter(BlockBackbone):
         """Loss and metrics of a batch.
 
         Args:
-            batch: B rows, on the drafter's device; features of any floating dtype.
-            anchors: Positions [B, A] int64, ascending, and keep [B, A] bool. Otherwise they are drawn.
-            anchor_seeds: One seed a row, which its anchors alone depend on. Otherwise torch's global generator seeds.
-            sample_weights: [B] float32, how often each row counts in loss and metrics; default ones.
+            batch: B samples, on the drafter's device; features of any floating dtype.
+            anchors: Positions [B, A] int64 within the samples, ascending, and keep [B, A] bool. Otherwise drawn.
+            anchor_seeds: One a sample, which its anchors alone depend on. Otherwise torch's global generator seeds.
+            sample_weights: [B] float32, how often each sample counts in loss and metrics; default ones.
             return_logits: Give logits, labels and masks of all slots too. Needs [B, A, γ, V] twice.
             reduce: Sums a 1-D float32 tensor over ranks; called exactly twice, whatever the batch holds.
             **loss_settings: Any field of `LossSettings`, instead of the drafter's own.
@@ -100,20 +115,23 @@ class DSparkDrafter(BlockBackbone):
         reduce = reduce or keep_local
         device = batch.input_ids.device
         alphas = replace(self.loss_settings, **loss_settings)
+        samples = batch.samples
         if sample_weights is None:
-            sample_weights = torch.ones(len(batch.input_ids))
+            sample_weights = torch.ones(len(samples))
         sample_weights = sample_weights.to(device, torch.float32)
 
-        generators = seeded_generators(anchor_seeds, len(batch.input_ids))
+        generators = seeded_generators(anchor_seeds, len(samples))
+        loss_masks = [batch.loss_mask.flatten()[slice(*sample)] for sample in samples]
         if anchors is None:
-            anchors = draw_anchors(batch.loss_mask, self.settings.num_anchors, generators)
+            anchors = draw_anchors(loss_masks, self.settings.num_anchors, generators)
         drawn = Anchors(anchors[0].to(device, torch.long), anchors[1].to(device, torch.bool))
-        slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.num_drafts)
+        slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.num_drafts, samples)
         weights = slot_weights(slots.eval_mask, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
 
-        outputs = self._run_heads(self.block_hidden(batch, drawn, generators), batch, drawn, slots.labels)
-        rows = _rows(outputs, batch, slots, weights, alphas, denominator)
+        blocks = PackedBlocks.of(drawn, samples)
+        outputs = self._run_heads(self.block_hidden(batch, blocks, generators), batch, blocks, slots.labels)
+        rows = self._rows(outputs, batch, slots, weights.flatten(0, 1)[outputs.chosen] / denominator, alphas)
         vocabulary = self._vocabulary()
         plain = return_logits or self.settings.loss == "plain"
         loss, terms = (plain_loss if plain else fused_loss)(rows, vocabulary)
@@ -122,7 +140,8 @@ class DSparkDrafter(BlockBackbone):
         if alphas.l1_loss_alpha:
             losses["l1_loss"] = (terms.l1, alphas.l1_loss_alpha)
         if outputs.confidence is not None:
-            term = confidence_loss(outputs.confidence[counted], terms.acceptance)
+            confidence = outputs.of_all(outputs.confidence, slots.eval_mask)
+            term = confidence_loss(confidence[counted], terms.acceptance)
             losses["confidence_loss"] = (term.detach(), alphas.confidence_head_alpha)
             loss = loss + alphas.confidence_head_alpha * (term * weights[counted]).sum() / denominator
 
@@ -132,24 +151,26 @@ class DSparkDrafter(BlockBackbone):
         acceptance = torch.zeros_like(weights).masked_scatter_(counted, terms.acceptance)
         add_acceptance(metrics, acceptance, slots.eval_mask, sample_weights)
         if outputs.confidence is not None:
-            confidence = outputs.confidence.detach().float().sigmoid() * slots.eval_mask
-            add_confidence(metrics, confidence, acceptance, weights)
-        candidates = anchor_candidates(batch.loss_mask)
-        add_coverage(metrics, candidates, drawn.keep, slots.eval_mask, sample_weights, self.settings.num_anchors)
+            add_confidence(metrics, confidence.detach().float().sigmoid() * slots.eval_mask, acceptance, weights)
+        num_candidates = torch.stack([anchor_candidates(loss_mask).sum() for loss_mask in loss_masks])
+        num_tokens = torch.tensor([sample.end - sample.start for sample in samples], device=device)
+        add_coverage(
+            metrics, num_candidates, num_tokens, drawn.keep, slots.eval_mask, sample_weights, self.settings.num_anchors
+        )
         means = metrics.means(reduce)
         means["loss"] = sum(alpha * means[name] for name, (_, alpha) in losses.items())
         if not return_logits:
             return TrainingOutput(loss, means)
-        states = _target_states(batch, slots, torch.ones_like(slots.eval_mask))
-        shape = (*slots.eval_mask.shape, -1)
+        draft_logits = vocabulary.draft_logits(outputs.hidden, outputs.latent)
+        states = batch.target_last_hidden_states.flatten(0, 1)[slots.target_rows]
         return TrainingOutput(
             loss,
             means,
-            draft_logits=vocabulary.draft_logits(outputs.hidden, outputs.latent),
+            draft_logits=outputs.of_all(draft_logits, slots.eval_mask),
             target_ids=slots.labels,
             eval_mask=slots.eval_mask,
-            confidence_pred=outputs.confidence,
-            aligned_target_logits=vocabulary.target_logits(states).view(shape),
+            confidence_pred=None if outputs.confidence is None else confidence,
+            aligned_target_logits=vocabulary.target_logits(states),
         )
 
     @torch.no_grad()
@@ -194,16 +215,34 @@ class DSparkDrafter(BlockBackbone):
         probabilities = torch.stack(distributions)[:length] if distributions else None
         return Proposal(torch.stack(tokens)[:length], probabilities)
 
-    def _run_heads(self, hidden: Tensor, batch: FeatureBatch, anchors: Anchors, labels: Tensor) -> SlotOutputs:
+    def _run_heads(self, hidden: Tensor, batch: FeatureBatch, blocks: PackedBlocks, labels: Tensor) -> SlotOutputs:
         """Markov latents and confidence of all slots, teacher-forced: slot k follows the anchor or label k − 1."""
+        chosen = blocks.chosen.to(hidden.device)
         embedded = latent = confidence = None
         if self.markov_head is not None:
-            anchor_ids = batch.input_ids.gather(1, anchors.positions)
-            embedded = self.markov_head.embed(torch.cat([anchor_ids[..., None], labels[..., :-1]], dim=-1))
+            anchor_ids = batch.input_ids.flatten()[blocks.anchor_rows.to(hidden.device)]
+            labels = labels.flatten(0, 1)[chosen]
+            embedded = self.markov_head.embed(torch.cat([anchor_ids[:, None], labels[:, :-1]], dim=-1))
             latent = self.markov_head.latent(embedded, hidden)
         if self.confidence_head is not None:
             confidence = self.confidence_head(hidden, embedded)
-        return SlotOutputs(hidden, latent, confidence)
+        return SlotOutputs(chosen, hidden, latent, confidence)
+
+    def _rows(
+        self, outputs: SlotOutputs, batch: FeatureBatch, slots: Slots, weights: Tensor, alphas: LossSettings
+    ) -> RowInputs:
+        """The slots whose weight [M, γ], already divided by the denominator, is not zero, as rows of the loss."""
+        counted = weights > 0
+        places = counted.flatten().nonzero().squeeze(1)
+        target_rows = slots.target_rows.flatten(0, 1)[outputs.chosen][counted]
+        return RowInputs(
+            hidden=outputs.hidden.flatten(0, 1).index_select(0, places),
+            latent=None if outputs.latent is None else outputs.latent.flatten(0, 1).index_select(0, places),
+            labels=slots.labels.flatten(0, 1)[outputs.chosen][counted],
+            target_states=batch.target_last_hidden_states.flatten(0, 1).index_select(0, target_rows),
+            ce_weights=alphas.ce_loss_alpha * weights[counted],
+            l1_weights=alphas.l1_loss_alpha * weights[counted],
+        )
 
     def _vocabulary(self) -> Vocabulary:
         """What makes logits of the backbone's output, and of the target's last hidden state."""
@@ -212,31 +251,3 @@ class DSparkDrafter(BlockBackbone):
             markov=None if self.markov_head is None else self.markov_head.markov_w2.table(),
             softcap=self.logit_softcap,
         )
-
-
-def _rows(
-    outputs: SlotOutputs,
-    batch: FeatureBatch,
-    slots: Slots,
-    weights: Tensor,
-    alphas: LossSettings,
-    denominator: Tensor,
-) -> RowInputs:
-    """The slots whose weight [B, A, γ] is not zero, as rows of the loss."""
-    counted = weights > 0
-    chosen = counted.flatten().nonzero().squeeze(1)
-    normalized = weights[counted] / denominator
-    return RowInputs(
-        hidden=outputs.hidden.flatten(0, 2).index_select(0, chosen),
-        latent=None if outputs.latent is None else outputs.latent.flatten(0, 2).index_select(0, chosen),
-        labels=slots.labels[counted],
-        target_states=_target_states(batch, slots, counted),
-        ce_weights=alphas.ce_loss_alpha * normalized,
-        l1_weights=alphas.l1_loss_alpha * normalized,
-    )
-
-
-def _target_states(batch: FeatureBatch, slots: Slots, chosen: Tensor) -> Tensor:
-    """Rows of the target's last hidden state that predict the labels of the slots in `chosen` [B, A, γ]: [N, D]."""
-    samples = torch.arange(len(chosen), device=chosen.device)[:, None, None].expand_as(chosen)
-    return batch.target_last_hidden_states[samples[chosen], slots.target_rows[chosen]]

@@ -74,7 +74,8 @@ def add_confidence(metrics: MetricSums, confidence: Tensor, acceptance: Tensor, 
 
 def add_coverage(
     metrics: MetricSums,
-    candidates: Tensor,
+    num_candidates: Tensor,
+    num_tokens: Tensor,
     keep: Tensor,
     eval_mask: Tensor,
     sample_weights: Tensor,
@@ -84,19 +85,20 @@ def add_coverage(
 
     Args:
         metrics: Where to.
-        candidates: [B, T] bool.
+        num_candidates: [B] positions of each sample that could be anchors.
+        num_tokens: [B] positions of each sample, its padding counted.
         keep: [B, A] bool.
         eval_mask: [B, A, γ] bool.
         sample_weights: [B] float32.
         num_anchors: Most anchors of a sample.
     """
     num_samples = sample_weights.sum()
-    num_candidates = (candidates.sum(-1) * sample_weights).sum()
+    num_candidates = (num_candidates * sample_weights).sum()
     num_drawn = (keep.sum(-1) * sample_weights).sum()
     num_supervised = (eval_mask.sum((-1, -2)) * sample_weights).sum()
     block_size = eval_mask.shape[-1]
     metrics.add("valid_anchors_abs", num_candidates, num_samples)
-    metrics.add("valid_anchors_ratio", num_candidates, num_samples * candidates.shape[-1])
+    metrics.add("valid_anchors_ratio", num_candidates, (num_tokens * sample_weights).sum())
     metrics.add("sampled_anchors_abs", num_drawn, num_samples)
     metrics.add("sampled_anchors_ratio", num_drawn, num_samples * num_anchors)
     metrics.add("block_supervised_tokens_abs", num_supervised, num_drawn)

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from drafters.anchors import Anchors, anchor_candidates, block_inputs, draw_anchors, seeded_generators, supervise
+from drafters.anchors import (
+    Anchors,
+    PackedBlocks,
+    anchor_candidates,
+    block_inputs,
+    draw_anchors,
+    seeded_generators,
+    supervise,
+)
+from drafters.batch import Span
 
 #                          0  1  2  3  4  5  6  7
 LOSS_MASK = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1, 0, 0]])
@@ -56,21 +65,47 @@ def test_seeds_come_from_the_global_generator_when_none_are_given():
     assert [generator.initial_seed() for generator in seeded_generators(None, 2)] == first
 
 
-def test_block_inputs_are_the_anchor_token_then_masks_and_only_masks_for_a_dummy():
-    anchors = Anchors(torch.tensor([[2, 5], [4, 0]]), torch.tensor([[True, True], [True, False]]))
-    assert block_inputs(INPUT_IDS, anchors, 3, 99).tolist() == [
-        [[12, 99, 99], [15, 99, 99]],
-        [[22, 99, 99], [99, 99, 99]],
-    ]
+def test_block_inputs_are_the_anchor_token_then_masks():
+    assert block_inputs(torch.tensor([12, 15]), 3, 99).tolist() == [[12, 99, 99], [15, 99, 99]]
 
 
 def test_supervision_ends_at_the_first_unsupervised_label_and_at_the_end_of_the_row():
     anchors = Anchors(torch.tensor([[1, 6], [4, 0]]), torch.tensor([[True, True], [True, False]]))
-    slots = supervise(INPUT_IDS, LOSS_MASK, anchors, 4)
+    slots = supervise(INPUT_IDS, LOSS_MASK, anchors, 4, [Span(0, 8), Span(8, 16)])
     # anchor 1: labels at 2, 3, 4 (unsupervised), 5 (supervised, but after a gap); anchor 6: 7, then past the end
     assert slots.labels.tolist() == [[[12, 13, 14, 15], [17, 17, 17, 17]], [[23, 24, 25, 25], [18, 18, 18, 18]]]
-    assert slots.target_rows.tolist() == [[[1, 2, 3, 4], [6, 6, 6, 6]], [[4, 5, 6, 6], [0, 0, 0, 0]]]
+    assert slots.target_rows.tolist() == [[[1, 2, 3, 4], [6, 6, 6, 6]], [[12, 13, 14, 14], [8, 8, 8, 8]]]
     assert slots.eval_mask.int().tolist() == [
         [[1, 1, 0, 0], [1, 0, 0, 0]],
         [[1, 0, 0, 0], [0, 0, 0, 0]],
     ]
+
+
+def test_supervision_of_packed_samples_ends_with_the_sample():
+    ids, mask = torch.arange(10, 19)[None], torch.ones(1, 9)
+    anchors = Anchors(torch.tensor([[3], [1]]), torch.ones(2, 1, dtype=torch.bool))
+    slots = supervise(ids, mask, anchors, 2, [Span(0, 5), Span(5, 9)])
+    assert slots.labels.tolist() == [[[14, 14]], [[17, 18]]]
+    assert slots.target_rows.tolist() == [[[3, 3]], [[6, 7]]]
+    assert slots.eval_mask.tolist() == [[[True, False]], [[True, True]]]
+
+
+def test_packed_blocks_see_the_rows_before_their_anchor_of_their_own_sample():
+    anchors = Anchors(
+        torch.tensor([[2, 4], [0, 0], [3, 0]]), torch.tensor([[True, True], [False, False], [True, False]])
+    )
+    blocks = PackedBlocks.of(anchors, [Span(0, 8), Span(8, 16), Span(16, 24)])
+    assert blocks.chosen.tolist() == [0, 1, 4]
+    assert blocks.anchors.tolist() == [2, 4, 3]
+    assert blocks.anchor_rows.tolist() == [2, 4, 19]
+    assert blocks.context_rows.tolist() == [0, 1, 2, 3, 16, 17, 18]
+    assert blocks.context_positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert blocks.spans == (Span(0, 2), Span(0, 4), Span(4, 7))
+
+
+def test_without_a_kept_anchor_one_dummy_block_remains():
+    anchors = Anchors(torch.tensor([[3], [2]]), torch.zeros(2, 1, dtype=torch.bool))
+    blocks = PackedBlocks.of(anchors, [Span(0, 8), Span(8, 16)])
+    assert blocks.chosen.tolist() == [0]
+    assert blocks.context_rows.tolist() == [0]
+    assert blocks.spans == (Span(0, 0),)

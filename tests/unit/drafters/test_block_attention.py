@@ -1,57 +1,140 @@
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from drafters.anchors import Anchors
-from drafters.attention import GROUP_QUERIES, BlockLayout, KeyValues, attend_blocks
+from drafters import attention
+from drafters.attention import GROUP_QUERIES, BlockLayout, KeyValues, attend_blocks, flex_mask
+from drafters.batch import Span
 
 CPU = torch.device("cpu")
+BLOCK = 4
 
 
-def plain_attention(queries, context, block, anchors, block_size, scale):
-    """One query at a time over exactly the keys it may see."""
+def random_spans(*samples):
+    """Spans of samples of (context rows, blocks): contexts end to end, anchors drawn and ascending."""
+    spans, start = [], 0
+    for length, num_blocks in samples:
+        anchors = torch.randperm(length + 1)[:num_blocks].sort().values.tolist()
+        spans += [Span(start, start + anchor) for anchor in anchors]
+        start += length
+    return spans, start
+
+
+def random_rows(num_blocks, num_context, heads=4, key_heads=2, dtype=torch.float32):
+    def rows(count, length):
+        return torch.randn(1, count, length, 8).to(dtype).requires_grad_()
+
+    own, context = num_blocks * BLOCK, num_context
+    return (
+        rows(heads, own),
+        KeyValues(rows(key_heads, context), rows(key_heads, context)),
+        KeyValues(rows(key_heads, own), rows(key_heads, own)),
+    )
+
+
+def plain_attention(queries, context, block, spans, scale):
+    """One block at a time over exactly the keys that it may see."""
     repeats = queries.shape[1] // block.keys.shape[1]
-    output = torch.zeros_like(queries)
-    for row in range(queries.shape[0]):
-        for query in range(queries.shape[2]):
-            number = query // block_size
-            if not anchors.keep[row, number]:
-                continue
-            before, own = int(anchors.positions[row, number]), slice(number * block_size, (number + 1) * block_size)
-            for head in range(queries.shape[1]):
-                shared = head // repeats
-                keys = torch.cat([context.keys[row, shared, :before], block.keys[row, shared, own]])
-                values = torch.cat([context.values[row, shared, :before], block.values[row, shared, own]])
-                output[row, head, query] = (keys @ queries[row, head, query] * scale).softmax(0) @ values
-    return output
+    outputs = []
+    for number, (start, end) in enumerate(spans):
+        own = slice(number * BLOCK, (number + 1) * BLOCK)
+        keys, values = (
+            torch.cat([rows[:, :, start:end], mine[:, :, own]], dim=2).repeat_interleave(repeats, dim=1)
+            for rows, mine in zip(context, block, strict=True)
+        )
+        outputs.append((queries[:, :, own] @ keys.transpose(2, 3) * scale).softmax(-1) @ values)
+    return torch.cat(outputs, dim=2)
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3, 2 * GROUP_QUERIES // 4 + 1])
-@pytest.mark.parametrize("key_heads", [1, 2])
-def test_blocks_see_context_before_their_anchor_and_their_own_block_only(num_blocks, key_heads):
-    torch.manual_seed(num_blocks)
-    block_size, length = 4, 50
-    positions = torch.stack([torch.randperm(length)[:num_blocks].sort().values for _ in range(2)])
-    keep = torch.ones(2, num_blocks, dtype=torch.bool)
-    keep[1, -1] = False
-    positions[1, -1] = 0
-    anchors = Anchors(positions, keep)
-    queries = torch.randn(2, 2, num_blocks * block_size, 8)
-    context = KeyValues(*torch.randn(2, 2, key_heads, length, 8))
-    block = KeyValues(*torch.randn(2, 2, key_heads, num_blocks * block_size, 8))
-    layout = BlockLayout.of_anchors(anchors, block_size, CPU)
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "samples", [[(50, 3)], [(30, 2), (1, 1), (41, 5)], [(90, 2 * GROUP_QUERIES // BLOCK + 1), (9, 3)]]
+)
+def test_output_and_gradients_equal_plain_attention(samples, key_heads):
+    torch.manual_seed(len(samples))
+    spans, num_context = random_spans(*samples)
+    queries, context, block = random_rows(len(spans), num_context, key_heads=key_heads)
+    ours = attend_blocks(queries, context, block, BlockLayout.of_spans(spans, num_context, BLOCK, CPU), 0.3)
+    theirs = plain_attention(queries, context, block, spans, 0.3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    leaves, direction = (queries, *context, *block), torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, leaves, direction), torch.autograd.grad(theirs, leaves, direction), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_without_context_sees_itself_alone():
+    queries, context, block = random_rows(2, 5)
+    layout = BlockLayout.of_spans([Span(0, 0), Span(0, 3)], 5, BLOCK, CPU)
+    output = attend_blocks(queries, context, block, layout, 0.3)
+    moved = KeyValues(context.keys + 1, context.values + 1)
+    again = attend_blocks(queries, moved, block, layout, 0.3)
+    assert torch.equal(output[:, :, :BLOCK], again[:, :, :BLOCK])
+    assert not torch.allclose(output[:, :, BLOCK:], again[:, :, BLOCK:])
+
+
+def test_one_block_sees_the_whole_context():
+    queries, context, block = random_rows(1, 7)
+    ours = attend_blocks(queries, context, block, BlockLayout.of_one_block(7, BLOCK), 0.3)
+    torch.testing.assert_close(ours, plain_attention(queries, context, block, [Span(0, 7)], 0.3))
+
+
+def test_bf16_attends_in_float32():
+    spans, num_context = random_spans((30, 4))
+    queries, context, block = random_rows(4, num_context, dtype=torch.bfloat16)
+    layout = BlockLayout.of_spans(spans, num_context, BLOCK, CPU)
     ours = attend_blocks(queries, context, block, layout, 0.3)
-    torch.testing.assert_close(ours, plain_attention(queries, context, block, anchors, block_size, 0.3))
+    exact = plain_attention(
+        queries.float(), KeyValues(*(x.float() for x in context)), KeyValues(*(x.float() for x in block)), spans, 0.3
+    )
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, exact.bfloat16(), rtol=1e-2, atol=1e-3)
+    ours.sum().backward()
+    assert queries.grad.dtype == context.keys.grad.dtype == block.values.grad.dtype == torch.bfloat16
 
 
-def test_dummy_blocks_attend_to_nothing():
-    anchors = Anchors(torch.tensor([[0]]), torch.tensor([[False]]))
-    rows = KeyValues(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4))
-    output = attend_blocks(torch.randn(1, 1, 2, 4), rows, rows, BlockLayout.of_anchors(anchors, 2, CPU), 1.0)
-    assert output.abs().max() == 0
+def test_groups_take_blocks_of_one_sample_and_no_context_beyond_their_last_anchor():
+    size = GROUP_QUERIES // BLOCK
+    spans = [Span(0, end) for end in range(2 * size)] + [Span(100, 103)]
+    groups = BlockLayout.of_spans(spans, 200, BLOCK, CPU).groups
+    assert [(group.first, group.last) for group in groups] == [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]
+    assert [group.span for group in groups] == [(0, size - 1), (0, 2 * size - 1), (100, 103)]
+    assert groups[0].hidden.shape == (size, size - 1)
+    assert groups[2].hidden is None
 
 
-def test_groups_take_no_context_beyond_their_last_anchor():
-    num_blocks = 2 * GROUP_QUERIES
-    anchors = Anchors(torch.arange(num_blocks)[None], torch.ones(1, num_blocks, dtype=torch.bool))
-    layout = BlockLayout.of_anchors(anchors, 1, CPU)
-    assert [group.num_context for group in layout.groups] == [GROUP_QUERIES - 1, 2 * GROUP_QUERIES - 1]
+SHAPES = [[(300, 70)], [(130, 40), (700, 40), (5, 2)], [(20, 1)]]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("samples", SHAPES)
+def test_flex_attention_computes_the_same(samples, monkeypatch):
+    """Uncompiled and forward only: all that FlexAttention does on a CPU."""
+    torch.manual_seed(2)
+    spans, num_context = random_spans(*samples)
+    rows = random_rows(len(spans), num_context)
+    queries, context, block = rows[0].detach(), *(KeyValues(*(x.detach() for x in both)) for both in rows[1:])
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    layout = BlockLayout(BLOCK, mask=flex_mask(spans, num_context, BLOCK, CPU))
+    ours = attend_blocks(queries, context, block, layout, 0.3)
+    torch.testing.assert_close(ours, plain_attention(queries, context, block, spans, 0.3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", SHAPES)
+def test_flex_tiles_are_those_that_the_mask_of_single_keys_gives(samples):
+    torch.manual_seed(2)
+    spans, num_context = random_spans(*samples)
+    mask = flex_mask(spans, num_context, BLOCK, CPU)
+    num_queries = len(spans) * BLOCK
+    expected = create_block_mask(mask.mask_mod, 1, 1, num_queries, num_context + num_queries, device="cpu")
+    assert tiles_of(mask.kv_num_blocks, mask.kv_indices) == tiles_of(expected.kv_num_blocks, expected.kv_indices)
+    assert tiles_of(mask.full_kv_num_blocks, mask.full_kv_indices) == tiles_of(
+        expected.full_kv_num_blocks, expected.full_kv_indices
+    )
+
+
+def tiles_of(counts, indices):
+    return {
+        (row, key) for row, count in enumerate(counts[0, 0].tolist()) for key in indices[0, 0, row, :count].tolist()
+    }

@@ -57,8 +57,8 @@ def test_confidence_errors_are_weighted_by_the_loss_weights():
 
 def test_coverage_counts_candidates_anchors_and_supervised_slots():
     sums = MetricSums()
-    candidates = torch.tensor([[0, 1, 1, 1, 0]]).bool()
-    add_coverage(sums, candidates, torch.tensor([[True, True]]), MASK, ONE, num_anchors=4)
+    candidates, tokens = torch.tensor([3]), torch.tensor([5])
+    add_coverage(sums, candidates, tokens, torch.tensor([[True, True]]), MASK, ONE, num_anchors=4)
     assert sums.means(keep_local) == pytest.approx(
         {
             "valid_anchors_abs": 3.0,
