@@ -9,6 +9,7 @@ import typer
 
 from trainer.commands import bench
 from trainer.commands.run import demo, run
+from trainer.commands.steer import continue_, pause, scale, status, stop
 from trainer.commands.submit import submit
 
 app = typer.Typer(
@@ -23,6 +24,11 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command()(submit)
+app.command()(status)
+app.command()(scale)
+app.command()(pause)
+app.command("continue")(continue_)
+app.command()(stop)
 app.add_typer(bench.app, name="bench")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from services.control.attach import NoClusterError, attach_ray
 from services.errors import DeadlineError, PlacementError, SlipstreamError
+from services.logs import LogPlace, logged
+from services.placement import Ask, alive_nodes
 
 PLACEMENT_DEADLINE_S = 60.0
 """An actor that is not placed by then is reported with the resource it waits for."""
@@ -24,8 +28,11 @@ START_DEADLINE_S = 600.0
 ANSWER_DEADLINE_S = 120.0
 """How long a part may take to answer a question that needs no long work."""
 
-LOOK_S = 5.0
-"""How often a wait for actors looks at its deadlines."""
+LOOK_S = 0.5
+"""How often a wait for actors looks at its deadlines, and at what was asked of the run."""
+
+NOTHING = Ask()
+"""An actor that any node may hold."""
 
 LOCAL_OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's smallest object store, nearly: tensors never pass through it."""
@@ -37,27 +44,32 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
 
     Args:
         local: Start a local one even if there is a cluster.
+
+    Raises:
+        ClusterError: There is a cluster, and it does not let this process in.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # notes about its own start are not the user's concern
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if local or not _attach(options):
+        if local or not _attach():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(
                 address="local",
                 include_dashboard=False,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                **options,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process on the spot
         yield
     finally:
         ray.shutdown()
 
 
-def _attach(options: dict[str, Any]) -> bool:
+def _attach() -> bool:
     try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
+        attach_ray()
+    except NoClusterError:
         return False
     return True
 
@@ -69,54 +81,55 @@ class Part:
     Attributes:
         name: For errors.
         actor: Its handle; call nothing before it has started.
-        resources: What it asks of the cluster.
+        ask: What it asks of the cluster.
         placed: Done once its process runs.
         started: Done once it is constructed, or raises what its constructor raised.
     """
 
     name: str
     actor: Any
-    resources: Mapping[str, float]
+    ask: Ask
     placed: Any
     started: Any
 
 
-def start_part(cls: type, *args: Any, num_cpus: float = 0, num_gpus: float = 0, **options: Any) -> Part:
+def start_part(cls: type, *args: Any, ask: Ask = NOTHING, log: LogPlace | None = None, **options: Any) -> Part:
     """Start an actor; refuse at once what the whole cluster could never place.
 
     Args:
         cls: The actor's class, named in errors.
         *args: Of its constructor.
-        num_cpus: CPUs to reserve.
-        num_gpus: GPUs to reserve.
+        ask: What it needs of the node that holds it.
+        log: Where its process logs to, if anywhere.
         **options: Further options of a Ray actor.
 
     Raises:
-        PlacementError: The cluster has fewer CPUs or GPUs in all than the actor asks for.
+        PlacementError: No node of the cluster could hold the actor, even if nothing else ran.
     """
-    resources = {"CPU": num_cpus, "GPU": num_gpus}
-    check_fits(cls.__name__, resources)
-    actor: Any = ray.remote(_deferred(cls)).options(num_cpus=num_cpus, num_gpus=num_gpus, **options).remote()
-    return Part(cls.__name__, actor, resources, placed=actor.__ray_ready__.remote(), started=actor.begin.remote(*args))
+    check_fits(cls.__name__, ask)
+    actor: Any = ray.remote(_deferred(logged(cls, log) if log else cls)).options(**ask.options(), **options).remote()
+    return Part(cls.__name__, actor, ask, placed=actor.__ray_ready__.remote(), started=actor.begin.remote(*args))
 
 
-def check_fits(name: str, resources: Mapping[str, float]) -> None:
-    """Check that the cluster, were it empty, could place an actor.
+def check_fits(name: str, ask: Ask) -> None:
+    """Check that some node of the cluster, were it idle, could hold an actor.
 
     Raises:
-        PlacementError: It has less in all than the actor asks for.
+        PlacementError: None could; names the resource or label.
     """
-    total = ray.cluster_resources()
-    for resource, wanted in resources.items():
-        if wanted > total.get(resource, 0):
-            raise PlacementError(
-                f"{name} asks for {wanted:g} {resource}, the cluster has {total.get(resource, 0):g} in all; "
-                f"lower num_{resource.lower()}s in the recipe or add a node"
-            )
+    if why := ask.why_never(alive_nodes()):
+        raise PlacementError(
+            f"{name} asks for {why}; ask for less in its section of the recipe (num_gpus, num_cpus, resources, "
+            "labels), or add a node"
+        )
 
 
-def wait_started(parts: Sequence[Part]) -> None:
+def wait_started(parts: Sequence[Part], look: Callable[[], None] = lambda: None) -> None:
     """Wait until every actor is placed and constructed; raises what a constructor raised.
+
+    Args:
+        parts: The actors.
+        look: Called about twice a second while waiting; what it raises ends the wait.
 
     Raises:
         PlacementError: One is not placed after a minute because a resource is taken; names it.
@@ -128,6 +141,7 @@ def wait_started(parts: Sequence[Part]) -> None:
         done, _ = ray.wait(list(waiting), timeout=LOOK_S)
         for future in done:
             result_of(future, waiting.pop(future).name)
+        look()
         waited_s = time.monotonic() - began_s
         if waited_s > PLACEMENT_DEADLINE_S:
             _check_placed([part for future, part in waiting.items() if future is part.placed])
@@ -172,12 +186,12 @@ def _deferred(cls: type) -> type:
 
 
 def _check_placed(unplaced: Sequence[Part]) -> None:
-    free = ray.available_resources() if unplaced else {}
+    if not unplaced:
+        return
+    nodes, free = alive_nodes(), ray.available_resources()
     for part in unplaced:
-        for resource, wanted in part.resources.items():
-            if wanted > free.get(resource, 0):
-                raise PlacementError(
-                    f"{part.name} was not placed within {PLACEMENT_DEADLINE_S:g} s: it asks for {wanted:g} "
-                    f"{resource}, and {free.get(resource, 0):g} are free in the cluster. Lower what the recipe "
-                    "asks for, end other jobs, or add a node"
-                )
+        if why := part.ask.why_not_now(nodes, free):
+            raise PlacementError(
+                f"{part.name} was not placed within {PLACEMENT_DEADLINE_S:g} s: it asks for {why}. Lower what the "
+                "recipe asks for, end other jobs, or add a node"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import ray
 
 from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
+from services.logs import LogPlace
+from services.placement import Ask
 from trainer.cluster import Part, check_fits, result_of, start_part, wait_started
 from trainer.output import replace_text
 from trainer.recipe import Recipe
@@ -25,12 +28,13 @@ class Evaluations:
     settings count for nothing: τ of other prompts, or of other lengths, cannot be compared.
     """
 
-    def __init__(self, recipe: Recipe, log: Path) -> None:
+    def __init__(self, recipe: Recipe, log: Path, place: LogPlace | None = None) -> None:
         self.is_enabled = recipe.evaluation.max_samples > 0 and recipe.prompts.heldout is not None
         """Whether the recipe asks for evaluation at all."""
         self._config = recipe.evaluation
         self._model = recipe.target.model
         self._log = log
+        self._place = place
         self._settings = recipe.evaluation.model_dump(exclude=WHERE) | {"heldout": recipe.prompts.heldout}
         self._reports = {report.label: report for report in self._read()}
         self._evaluator: Part | None = None
@@ -43,7 +47,7 @@ class Evaluations:
             PlacementError: The cluster has fewer GPUs than it asks for.
         """
         if self.is_enabled:
-            check_fits(EvaluatorActor.__name__, {"GPU": self._config.num_gpus})
+            check_fits(EvaluatorActor.__name__, Ask(num_gpus=self._config.num_gpus))
 
     def report(self, checkpoint: Path) -> Report | None:
         """The result of a checkpoint, if it has been measured."""
@@ -55,19 +59,27 @@ class Evaluations:
             return
         if self._evaluator is None:
             self._evaluator = start_part(
-                EvaluatorActor, self._model, prompts, self._config, num_gpus=self._config.num_gpus
+                EvaluatorActor,
+                self._model,
+                prompts,
+                self._config,
+                ask=Ask(num_gpus=self._config.num_gpus),
+                log=self._place,
             )
         self._pending[self._evaluator.actor.evaluate.remote(str(checkpoint), checkpoint.name)] = checkpoint.name
 
-    def wait_started(self) -> None:
+    def wait_started(self, look: Callable[[], None] = lambda: None) -> None:
         """Wait until the evaluator, if there is work for one, has loaded its target.
+
+        Args:
+            look: Called while waiting; what it raises ends the wait.
 
         Raises:
             PlacementError: It is not placed.
             SlipstreamError: It cannot load the target.
         """
         if self._evaluator is not None and self._pending:
-            wait_started([self._evaluator])
+            wait_started([self._evaluator], look)
 
     def collect(self, *, timeout_s: float = 0.0) -> list[Report]:
         """Results that have come in since the last call; waits up to `timeout_s` for the first.

@@ -10,7 +10,9 @@ The driver carries no tensors: it places actors, reads telemetry and ends everyt
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,10 @@ import ray
 import ray.exceptions
 
 from services.contracts import DTYPE_BYTES, Event, TableSignature
-from services.errors import ReplayUnavailableError, SlipstreamError, TargetError
+from services.control.board import StatusBoard
+from services.control.records import RunStatus
+from services.errors import ReplayUnavailableError, SlipstreamError, StoppedError, TargetError
+from services.logs import EventLog, process_log
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
 from services.replay.config import EMBEDDED, ReplayConfig
 from services.replay.connect import check_server, claim, connect
@@ -31,6 +36,8 @@ from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.target.pool import TargetPool
 from services.telemetry import HistoryFile, Journal, RunOutcome, TelemetryReader
+from services.views.prometheus import PrometheusSink
+from services.views.tensorboard import TensorBoardSink
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
 from trainer.cluster import ANSWER_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
@@ -41,6 +48,7 @@ from trainer.output import OutputDir, claim_output_dir, replace_text
 from trainer.preparation import Preparation, prepare
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
+from trainer.steering import Steering
 from trainer.summary import Summary
 
 POLL_S = 0.25
@@ -67,12 +75,14 @@ def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: 
 
     Raises:
         SlipstreamError: Something the user can act on: a wrong setting, a part that failed.
-        KeyboardInterrupt: The user stopped the run; it has been ended in order and can be resumed.
+        StoppedError: The run was asked to stop; it has been ended in order and can be resumed.
+        KeyboardInterrupt: The user stopped it; likewise.
     """
     prepared = prepare(recipe)
     console.phase("starting Redis and Ray")
     with (
         claim_output_dir(prepared.recipe) as output,
+        process_log(output.log_place("driver")),
         replay_redis(recipe.replay, output) as url,
         ray_cluster(local=local_ray),
         Job(prepared, output, url, console, started_s) as job,
@@ -80,7 +90,7 @@ def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: 
         job.start()
         try:
             job.watch()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedError):
             job.stop_after_step()
             raise
         return job.finish()
@@ -123,9 +133,12 @@ class Job:
         self._redis = connect(redis_url)
         self._table = RedisTable(self._redis, table_prefix(output))
         self._registry = TargetRegistry(self._redis, table_prefix(output))
-        self._pool = TargetPool(self._recipe.target, self._publish_targets)
-        self._evaluations = Evaluations(self._recipe, output.evaluations)
-        self._journal = Journal([HistoryFile(output.telemetry)])
+        self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"))
+        self._evaluations = Evaluations(self._recipe, output.evaluations, output.log_place("evaluator"))
+        self._board = StatusBoard(self._beginning())
+        views = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
+        self._journal = Journal([HistoryFile(output.telemetry), self._board, *views])
+        self._steering = Steering(self._board, self, self._report)
         self._parts: list[Part] = []
         self._heldout: list[list[int]] = []
         self._training: dict[Any, str] = {}
@@ -139,6 +152,7 @@ class Job:
         with contextlib.ExitStack() as stack:  # whatever fails, or is interrupted, the rest still happens
             stack.callback(self._journal.close)
             stack.callback(self._write_end, error)
+            stack.callback(self._steering.close)
             stack.callback(self._redis.close)
             stack.callback(self._destroy_table)
             stack.callback(self._pool.stop)
@@ -148,6 +162,7 @@ class Job:
     def start(self) -> None:
         """Place every part and let the ranks begin."""
         recipe, signature = self._recipe, self._prepared.signature
+        self._steering.open()
         self._write_run()
         self._evaluations.check()
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
@@ -165,12 +180,20 @@ class Job:
             self._started_s,
         )
         self._observer.phase("starting target, replay shard, coordinator and trainer")
-        shard = self._start(ReplayShard, *self._where, recipe.replay, signature, max_concurrency=4)
+        shard = self._start(
+            ReplayShard,
+            *self._where,
+            recipe.replay,
+            signature,
+            self._output.answers,
+            max_concurrency=4,
+            log=self._output.log_place("shard"),
+        )
         ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
-        wait_started(self._parts)
+        wait_started(self._parts, self._steering.look)
         if self._evaluations.is_enabled:
             self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
-        self._pool.wait_ready(LOAD_DEADLINE_S)
+        self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
         self._check_target()
         self._shard_run = shard.run.remote()
         store = result_of(ranks[0].open_store.remote(), "trainer rank 0", timeout_s=ANSWER_DEADLINE_S)
@@ -179,8 +202,9 @@ class Job:
             self._console.say(f"resumed from {self._resume}")
 
     def watch(self) -> None:
-        """Follow the run until every rank has finished; raises what a part died of."""
+        """Follow the run until every rank has finished; raises what a part died of, or `StoppedError`."""
         self._observer.phase("filling the replay buffer")
+        self._steering.enter("training")
         while self._training:
             done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
             for future in done:
@@ -192,6 +216,7 @@ class Job:
             for event in self._pool.events():
                 self._observer.report(event)
             self._observer.look()
+            self._steering.look()
             if self._observer.first_step_s is not None and self._start_is_due:
                 self._try_start_evaluation()
 
@@ -200,15 +225,30 @@ class Job:
         if not self._training:
             return
         self._console.say("stopping after this step; press Ctrl-C again to stop at once")
+        self._steering.enter("stopping")
         self._ask_coordinator("stop_granting")
         deadline_s = time.monotonic() + STOP_DEADLINE_S
         under_way = list(self._training)
         while under_way and time.monotonic() < deadline_s:
             _, under_way = ray.wait(under_way, num_returns=len(under_way), timeout=POLL_S)
             self._observer.look()
+            self._steering.look()
         self._observer.drain()
         if under_way:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
+
+    def scale(self, targets: int) -> None:
+        """Have this many targets; the ranks do not notice. Raises `UsageError` if that is out of bounds."""
+        self._pool.scale(targets)
+
+    def pause(self) -> int:
+        """Grant no further step; returns the last one that is granted. Full buffers make the targets idle."""
+        last_step: int = self._ask_coordinator("pause")
+        return last_step
+
+    def continue_(self) -> None:
+        """Grant steps again."""
+        self._ask_coordinator("go_on")
 
     def finish(self) -> Summary:
         """Measure the trained drafter and sum up."""
@@ -252,6 +292,29 @@ class Job:
         replace_text(self._output.summary, summary.model_dump_json(indent=2) + "\n")
         return summary
 
+    def _beginning(self) -> RunStatus:
+        recipe, now_s = self._recipe, time.time()
+        return RunStatus(
+            run_id=self._output.run_id,
+            name=recipe.name,
+            output_dir=str(self._output.path),
+            attempt=self._output.attempt,
+            target_model=recipe.target.model,
+            algorithm=recipe.drafter.algorithm,
+            step=checkpoint_step(self._resume) if self._resume else 0,
+            total_steps=recipe.trainer.max_steps or 0,
+            capacity_bytes=int(recipe.replay.capacity),
+            num_targets_wanted=recipe.target.replicas,
+            num_targets_most=recipe.target.max_replicas,
+            started_s=now_s,
+            posted_s=now_s,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+
+    def _report(self, event: Event) -> None:
+        self._observer.report(event)
+
     def _write_run(self) -> None:
         recipe, trainer = self._recipe, self._recipe.trainer
         self._journal.write(
@@ -273,7 +336,7 @@ class Job:
         message = str(error)
         if error is None:
             outcome, message = "finished", "the run is done"
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt | StoppedError):
             outcome, message = "stopped", "stopped; the same command goes on from the last checkpoint"
         elif not isinstance(error, SlipstreamError):  # a defect: its traceback is in the terminal
             message = f"{type(error).__name__}: {message.rstrip().rpartition(chr(10))[2]}"
@@ -297,12 +360,21 @@ class Job:
             tail=trainer.tail,
             lookahead_captures=LOOKAHEAD * recipe.replay.pulls,
             capture_log=str(self._output.capture_log),
+            answers=str(self._output.answers),
             ledger=str(self._resume / "ledger.jsonl") if self._resume else None,
             generation=self._output.attempt,
         )
         concurrency = 2 * trainer.world_size + 4  # every rank may wait for a lease while the driver asks
         model = str(self._prepared.target_folder)
-        return self._start(Coordinator, recipe.prompts, model, *self._where, settings, max_concurrency=concurrency)
+        return self._start(
+            Coordinator,
+            recipe.prompts,
+            model,
+            *self._where,
+            settings,
+            max_concurrency=concurrency,
+            log=self._output.log_place("coordinator"),
+        )
 
     def _start_rank(self, rank: int) -> Any:
         trainer = self._recipe.trainer
@@ -317,8 +389,8 @@ class Job:
             str(self._resume) if self._resume else None,
             self._output.attempt,
             sys.argv,
-            num_cpus=trainer.num_cpus,
-            num_gpus=trainer.num_gpus,
+            ask=trainer.ask,
+            log=self._output.log_place("trainer", rank),
         )
 
     def _publish_targets(self, addresses: Sequence[str]) -> None:
@@ -349,12 +421,14 @@ class Job:
     def _evaluate(self, trained: Path) -> None:
         """Have both ends of the training measured, unless they are."""
         self._observer.phase("decoding held-out prompts with the trained drafter")
+        self._steering.enter("measuring")
         self._evaluations.request(self._untrained, self._heldout)
         self._evaluations.request(trained, self._heldout)
-        self._evaluations.wait_started()
+        self._evaluations.wait_started(self._steering.look)
         while not self._evaluations.is_idle:
             self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
             self._observer.beat()
+            self._steering.look()
 
     def _ask_coordinator(self, question: str, *args: Any) -> Any:
         answer = getattr(self._coordinator, question).remote(*args)

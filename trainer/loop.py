@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 
 from services.contracts import StepReport
 from services.errors import SlipstreamError
+from services.logs import set_step
 from trainer.collate import MicroBatch
 from trainer.distributed import set_learning_rate, sum_over_ranks
 from trainer.figures import RunFigures, StepTally, TrainResult
@@ -19,6 +21,8 @@ from trainer.prefetch import Prefetcher
 from trainer.recipe import TrainerConfig
 from trainer.saving import CheckpointWriter
 from trainer.schedule import learning_rate_factor
+
+logger = logging.getLogger(__name__)
 
 
 class CoordinatorSide(Protocol):
@@ -76,6 +80,7 @@ class TrainingLoop:
         started_s = time.perf_counter()
         for granted, micro_batches in self.batches.steps():
             step, tally = granted.step, StepTally(self.rank, world_size)
+            set_step(step)
             factor = learning_rate_factor(step, total_steps=self.total_steps, warmup_fraction=config.warmup_fraction)
             set_learning_rate(self.engine, config.learning_rate * factor)
             for index, micro_batch in enumerate(micro_batches, start=1):
@@ -92,7 +97,7 @@ class TrainingLoop:
                 self.ack(micro_batch)
                 self.engine.step()
                 tally.add(output.metrics, micro_batch.leases, micro_batch.num_tokens)
-            self._finish_step(step, tally, time.perf_counter() - started_s)
+            self._finish_step(step, tally, time.perf_counter() - started_s - self.batches.take_paused_s())
             if step % config.checkpoint_every == 0:
                 self._write_checkpoint(step)
                 saved_step = step
@@ -103,6 +108,7 @@ class TrainingLoop:
 
     def _write_checkpoint(self, step: int) -> None:
         self.checkpoints.write(self.engine, step, self.coordinator.ledger_at, self.figures.last_losses)
+        logger.info("the checkpoint of step %d is written", step)
 
     def _finish_step(self, step: int, tally: StepTally, step_s: float) -> None:
         """Combine the ranks' figures and tell coordinator and telemetry."""

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 from services.contracts import StepLease
+from services.errors import PausedError
 
 Batch = TypeVar("Batch")
 
@@ -29,7 +30,11 @@ class LeaseSource(Protocol):
     """Where step leases come from: the coordinator."""
 
     def step_lease(self, step: int) -> StepLease:
-        """What to do in a step; the same for every rank."""
+        """What to do in a step; the same for every rank.
+
+        Raises:
+            PausedError: The run is paused, and was so for about a second: ask again.
+        """
         ...
 
 
@@ -61,6 +66,9 @@ class Prefetcher(Generic[Batch]):
         self._queue: queue.Queue[tuple[StepLease, Batch | None] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._wait_s = 0.0
+        self._loop_paused_s = 0.0
+        self._paused_s = 0.0
+        """Seconds for which the thread was refused a step because the run is paused."""
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -78,9 +86,14 @@ class Prefetcher(Generic[Batch]):
             yield lease, (item for item in chain([batch], rest) if item is not None)
 
     def take_wait_s(self) -> float:
-        """Seconds that the loop has waited since the last call."""
+        """Seconds that the loop has waited since the last call; a pause is no wait."""
         waited_s, self._wait_s = self._wait_s, 0.0
         return waited_s
+
+    def take_paused_s(self) -> float:
+        """Seconds for which the loop stood still since the last call because the run was paused."""
+        paused_s, self._loop_paused_s = self._loop_paused_s, 0.0
+        return paused_s
 
     def __enter__(self) -> Self:
         return self
@@ -93,9 +106,12 @@ class Prefetcher(Generic[Batch]):
         self._thread.join(STOP_DEADLINE_S)
 
     def _take(self) -> tuple[StepLease, Batch | None]:
-        started_s = time.perf_counter()
+        started_s, paused_before_s = time.perf_counter(), self._paused_s
         item = self._queue.get()
-        self._wait_s += time.perf_counter() - started_s
+        waited_s = time.perf_counter() - started_s
+        paused_s = min(waited_s, self._paused_s - paused_before_s)
+        self._wait_s += waited_s - paused_s
+        self._loop_paused_s += paused_s
         if isinstance(item, BaseException):
             raise item
         return item
@@ -109,7 +125,9 @@ class Prefetcher(Generic[Batch]):
     def _fill(self) -> None:
         step = self._first_step
         while not self._stop.is_set():
-            lease = self._coordinator.step_lease(step)
+            lease = self._ask_lease(step)
+            if lease is None:
+                return
             if lease.is_end:
                 self._put((lease, None))
                 return
@@ -119,6 +137,16 @@ class Prefetcher(Generic[Batch]):
                 if self._stop.is_set():
                     return
             step += 1
+
+    def _ask_lease(self, step: int) -> StepLease | None:
+        """The lease of a step, however long the run is paused before it; None if the thread shall stop."""
+        while not self._stop.is_set():
+            asked_s = time.perf_counter()
+            try:
+                return self._coordinator.step_lease(step)
+            except PausedError:
+                self._paused_s += time.perf_counter() - asked_s
+        return None
 
     def _put(self, item: tuple[StepLease, Batch | None] | BaseException) -> None:
         while not self._stop.is_set():

@@ -43,6 +43,7 @@ class CoordinatorClient:
 
         Raises:
             DeadlineError: The coordinator does not answer.
+            PausedError: The run is paused: ask again.
             StaleGenerationError: A newer trainer group has taken over.
         """
         deadline_s = time.monotonic() + LEASE_DEADLINE_S

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from drafters.config import DrafterConfig
 from evaluation.config import EvaluationConfig
 from services.errors import RecipeError
+from services.placement import PlacementConfig
 from services.prompts.config import PromptsConfig
 from services.replay.config import ReplayConfig
 from services.target.config import TargetConfig
@@ -25,14 +26,10 @@ PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
 """Settings that may name a file beside the recipe: a value that begins with `./` is meant relative to its folder."""
 
 
-class TrainerConfig(BaseModel):
-    """The recipe's `trainer` section: the DeepSpeed side of a run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TrainerConfig(PlacementConfig):
+    """The recipe's `trainer` section: the DeepSpeed side of a run. Resources and labels are those of each rank."""
 
     world_size: int = Field(1, ge=1, description="trainer ranks")
-    num_gpus: float = Field(1.0, ge=0, description="GPUs of each rank; 0 trains on the CPU with gloo")
-    num_cpus: float = Field(0.0, ge=0, description="CPUs that Ray reserves for each rank")
     threads: int | None = Field(None, ge=1, description="torch threads of each rank; None leaves torch's choice")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 trains with fp32 master weights")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; bf16 uses at least 1")
@@ -93,6 +90,11 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"trainer.deterministic needs replay.reuse: 1, not {self.replay.reuse}: which rank gets a sample's "
                 "next use depends on who asks first. Set replay.reuse to 1, or trainer.deterministic to false"
+            )
+        if self.prompts.answers == "target":
+            raise ValueError(
+                "trainer.deterministic needs prompts.answers: dataset: an answer of the target's that is too short to "
+                "learn from is known only after its step was granted. Set one of the two"
             )
         if self.target.max_batch_samples > 1:
             raise ValueError(

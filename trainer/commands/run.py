@@ -77,7 +77,7 @@ def _run(
     dry_run: bool = False,
 ) -> None:
     """Run a recipe. `options` that are None were not given; where both are, an override wins."""
-    from services.errors import SlipstreamError
+    from services.errors import SlipstreamError, StoppedError
     from trainer.console import RunConsole, summary_table
     from trainer.recipe import load_recipe
 
@@ -94,11 +94,12 @@ def _run(
         _stop_on_sigterm()
         with console:
             summary = run_job(recipe, console, local_ray=local_ray, started_s=STARTED_S)
+    except StoppedError as error:
+        fail(console, f"{error}; {_how_to_go_on()}", error.exit_code)
     except SlipstreamError as error:
         fail(console, str(error), error.exit_code)
     except KeyboardInterrupt:
-        command = shlex.join(["slipstream", *sys.argv[1:]])
-        fail(console, f"stopped; to go on from the last checkpoint run the same command again:\n  {command}", 1)
+        fail(console, f"stopped; {_how_to_go_on()}", 1)
     if as_json:
         print(summary.model_dump_json())
     else:
@@ -144,6 +145,11 @@ def _next_steps(checkpoint: str, output_dir: str) -> str:
         f"Train longer: the same command with more steps goes on from here. Start anew: remove {output_dir}.\n"
         "Your own target and prompts: slipstream run infra/recipes/dspark_qwen3_4b.yaml prompts.source=your.jsonl"
     )
+
+
+def _how_to_go_on() -> str:
+    command = shlex.join(["slipstream", *sys.argv[1:]])
+    return f"to go on from the last checkpoint run the same command again:\n  {command}"
 
 
 def _stop_on_sigterm() -> None:

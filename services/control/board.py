@@ -1,0 +1,81 @@
+"""The run's last word on itself, put together from its records: a sink of the driver's journal. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.contracts import Event, TargetState
+from services.control.records import EvaluationPoint, RunStatus
+
+MOST_EVENTS = 20
+"""Newest events that a status carries; the run's history has all of them."""
+
+MOST_EVALUATIONS = 50
+
+SMOOTHING_STEPS = 20
+"""Metrics are running means over about so many steps."""
+
+_FIGURES = (
+    "phase",
+    "tokens_captured",
+    "tokens_trained",
+    "capture_tokens_per_s",
+    "resident_bytes",
+    "peak_bytes",
+    "capacity_bytes",
+)
+
+
+class StatusBoard:
+    """Keeps a `RunStatus` up to date with the records of `services.telemetry`.
+
+    Attributes:
+        status: The run, as of the last record.
+    """
+
+    def __init__(self, status: RunStatus) -> None:
+        self.status = status
+        self._num_steps = 0
+
+    def take(self, record: dict[str, Any]) -> None:
+        """One record; kinds that say nothing about the run's state are passed over."""
+        match record["kind"]:
+            case "step":
+                self._take_step(record)
+            case "figures":
+                targets = tuple(TargetState.model_validate(target) for target in record["targets"])
+                self.set(targets=targets, **{name: record[name] for name in _FIGURES})
+            case "event":
+                event = Event(time_s=record["time_s"], kind=record["event"], message=record["message"])
+                self.set(events=(*self.status.events, event)[-MOST_EVENTS:])
+            case "evaluation":
+                low, high = record["interval"]
+                point = EvaluationPoint(
+                    label=record["label"],
+                    step=record["step"],
+                    accepted_length=record["accepted_length"],
+                    interval=(low, high),
+                )
+                self.set(evaluations=(*self.status.evaluations, point)[-MOST_EVALUATIONS:])
+
+    def set(self, **changes: Any) -> None:
+        """What the driver knows better than its records."""
+        self.status = self.status.model_copy(update=changes)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _take_step(self, record: dict[str, Any]) -> None:
+        self._num_steps += 1
+        weight, before = 1 / min(self._num_steps, SMOOTHING_STEPS), self.status.metrics
+        self.set(
+            step=record["step"],
+            total_steps=record["total_steps"] or 0,
+            metrics={
+                name: (1 - weight) * before.get(name, value) + weight * value
+                for name, value in record["metrics"].items()
+            },
+            learning_rate=record["learning_rate"],
+            train_tokens_per_s=record["tokens_per_s"],
+            trainer_wait_fraction=record["wait_fraction"],
+        )

@@ -1,0 +1,215 @@
+"""`slipstream status`, `scale`, `pause`, `continue`, `stop`: look at and steer running jobs from any shell."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.commands.options import JsonOption, fail
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from services.control.client import RunControl
+    from services.control.records import Reply, RunStatus
+
+REFRESH_S = 1.0
+"""How often `--watch` asks; a driver says as often how its run is."""
+
+ENDED_POLL_S = 0.5
+STOP_WAIT_S = 180.0
+"""`stop --wait`: a step, its checkpoint and the end of every part."""
+
+RUN_HELP = "The run: its id, its recipe's name, or its output directory."
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP)]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Head of the Ray cluster; RAY_ADDRESS or this machine's by default."),
+]
+RequestIdOption = Annotated[
+    str | None,
+    typer.Option(help="Of your choice: the same id again is answered again, and not carried out again."),
+]
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help=f"{RUN_HELP} All runs by default.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and show it live; end with Ctrl-C.")] = False,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a run is, or all runs of the cluster.
+
+    Example: slipstream status --watch
+    """
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for people; a script asks again and again without it")
+    with _errors():
+        ask = _status_source(run, address)
+        if watch:
+            _watch(ask)
+            return
+        statuses = ask()
+    if not as_json:
+        from rich.console import Console
+
+        Console(highlight=False).print(_view(statuses))
+    elif run is None:
+        print(json.dumps({"runs": [each.model_dump(mode="json") for each in statuses]}))
+    else:
+        print(statuses[0].model_dump_json())
+
+
+def scale(
+    run: RunArgument,
+    settings: Annotated[list[str], typer.Argument(metavar="targets=N", help="How many target servers to have.")],
+    request_id: RequestIdOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have another number of targets; the trainer does not notice.
+
+    New ones load and are used as they come up. Fewer: those too many finish their captures and end.
+
+    Example: slipstream scale demo targets=3
+    """
+    with _errors():
+        targets = parse_targets(settings)
+        _steer(run, address, lambda control: control.scale(targets, request_id=request_id), as_json=as_json)
+
+
+def pause(
+    run: RunArgument,
+    request_id: RequestIdOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Begin no further optimizer step; targets idle once the buffer is full."""
+    with _errors():
+        _steer(run, address, lambda control: control.pause(request_id=request_id), as_json=as_json)
+
+
+def continue_(
+    run: RunArgument,
+    request_id: RequestIdOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on after a pause."""
+    with _errors():
+        _steer(run, address, lambda control: control.continue_(request_id=request_id), as_json=as_json)
+
+
+def stop(
+    run: RunArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Return once the run has ended.")] = False,
+    request_id: RequestIdOption = None,
+    address: AddressOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Finish the step, write a checkpoint and end the run; the command that started it goes on from there."""
+    with _errors():
+        control = _steer(run, address, lambda control: control.stop(request_id=request_id), as_json=as_json)
+        if wait:
+            _wait_ended(control.run_id)
+
+
+def parse_targets(settings: Sequence[str]) -> int:
+    """The number in `targets=N`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    from services.errors import UsageError
+
+    if len(settings) == 1:
+        name, _, number = settings[0].partition("=")
+        if name == "targets" and number.isascii() and number.removeprefix("-").isdigit():
+            return int(number)
+    raise UsageError(f"{' '.join(settings)!r} must be targets=N, for example targets=3: only targets can be scaled")
+
+
+def _steer(run: str, address: str | None, order: Callable[[RunControl], Reply], *, as_json: bool) -> RunControl:
+    from services.control.client import attach
+
+    control = attach(run, address=address)
+    reply = order(control)
+    if as_json:
+        print(json.dumps({"run_id": control.run_id, "request_id": reply.request_id, "message": reply.message}))
+    else:
+        print(f"{control.run_id}: {reply.message}")
+    return control
+
+
+def _status_source(run: str | None, address: str | None) -> Callable[[], list[RunStatus]]:
+    """What asks for the status of the run, or of all runs that there are at that moment."""
+    from services.control.client import RunControl, RunEndedError, UnknownRunError, attach, running_runs
+
+    if run is not None:
+        control = attach(run, address=address)
+        return lambda: [control.status()]
+
+    def ask_all() -> list[RunStatus]:
+        statuses = []
+        for run_id in running_runs(address=address):
+            try:
+                statuses.append(RunControl(run_id).status())
+            except (RunEndedError, UnknownRunError):
+                continue  # it ended just now
+        return statuses
+
+    return ask_all
+
+
+def _view(statuses: Sequence[RunStatus]) -> RenderableType:
+    from trainer.status_view import run_view, runs_view
+
+    now_s = time.time()
+    return run_view(statuses[0], now_s) if len(statuses) == 1 else runs_view(statuses, now_s)
+
+
+def _watch(ask: Callable[[], list[RunStatus]]) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from services.control.client import RunEndedError
+
+    console = Console(highlight=False)
+    try:
+        with Live(_view(ask()), console=console, auto_refresh=False, screen=False) as live:
+            while True:
+                time.sleep(REFRESH_S)
+                live.update(_view(ask()), refresh=True)
+    except RunEndedError as error:
+        console.print(str(error))
+    except KeyboardInterrupt:
+        return
+
+
+def _wait_ended(run_id: str) -> None:
+    from services.control.client import running_runs
+    from services.errors import DeadlineError
+
+    deadline_s = time.monotonic() + STOP_WAIT_S
+    while run_id in running_runs():
+        if time.monotonic() >= deadline_s:
+            raise DeadlineError(f"run {run_id} has not ended within {STOP_WAIT_S:g} s; see its driver's output")
+        time.sleep(ENDED_POLL_S)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors that the user can act on, as one line and an exit code."""
+    from services.errors import SlipstreamError
+    from trainer.console import RunConsole
+
+    try:
+        yield
+    except SlipstreamError as error:
+        fail(RunConsole(to_stderr=True), str(error), error.exit_code)
