@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from evaluation.report import Report
+
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluatorActor:
@@ -20,4 +24,6 @@ class EvaluatorActor:
 
     def evaluate(self, checkpoint: str, label: str) -> Report:
         """Decode the held-out prompts with a checkpoint; see `Evaluator.evaluate`."""
-        return self._evaluator.evaluate(checkpoint, label)
+        report = self._evaluator.evaluate(checkpoint, label)
+        logger.info("%s: accepted length %.3f", label, report.accepted_length)
+        return report

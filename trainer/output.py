@@ -4,8 +4,11 @@ run.json            id and identity of the run
 recipe.yaml         the recipe as the last attempt resolved it
 step_<N>/           checkpoints, step_latest points to the newest
 captures.jsonl      every capture ever committed (the ledger's second log)
+answers.jsonl       the target's own answers, where it is trained on these
 telemetry.jsonl     history of metrics and events
 evaluations.jsonl   decoded τ by checkpoint
+tensorboard/        event files
+logs/               JSON lines of each process; rank_<N>.log has what libraries print
 summary.json        what the last attempt ended with
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 import yaml
 
 from services.errors import OutputDirError
+from services.logs import LogPlace
 from trainer.recipe import Recipe
 
 RECORD, LOCK = "run.json", ".lock"
@@ -49,6 +53,11 @@ class OutputDir:
         return self.path / "captures.jsonl"
 
     @property
+    def answers(self) -> Path:
+        """The target's own answers, JSON lines."""
+        return self.path / "answers.jsonl"
+
+    @property
     def telemetry(self) -> Path:
         """History of metrics and events, JSON lines."""
         return self.path / "telemetry.jsonl"
@@ -57,6 +66,15 @@ class OutputDir:
     def evaluations(self) -> Path:
         """Decoded τ by checkpoint, JSON lines."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    def log_place(self, role: str, rank: int | None = None) -> LogPlace:
+        """Where a process of this run logs to."""
+        return LogPlace(folder=str(self.path / "logs"), run=self.run_id, role=role, rank=rank)
 
     @property
     def summary(self) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import aiohttp
 import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -67,7 +68,7 @@ class JobResult:
 
     Attributes:
         status: Ray's word: SUCCEEDED, FAILED or STOPPED.
-        message: Ray's explanation.
+        message: Why Ray could not run the command, else empty: then the log says what happened.
         exit_code: What the command that follows the job ends with: that of the run, or 1.
     """
 
@@ -82,6 +83,7 @@ class Submission:
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self.job_id = job_id
         self._client = client
+        self._num_shown = 0
 
     @classmethod
     def send(
@@ -126,8 +128,20 @@ class Submission:
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterError(f"the cluster at {client.get_address()} did not take the job: {error}") from error
-        say(f"job {job_id}; stop it with: ray job stop --address {client.get_address()} {job_id}")
-        return cls(client, job_id)
+        submission = cls(client, job_id)
+        say(f"job {job_id}; stop it with: {submission.stop_command}")
+        return submission
+
+    @property
+    def address(self) -> str:
+        """The job server's."""
+        address: str = self._client.get_address()
+        return address
+
+    @property
+    def stop_command(self) -> str:
+        """What a user types to stop the job in order."""
+        return f"ray job stop --address {self.address} {self.job_id}"
 
     def follow(self, show: Callable[[str], None]) -> None:
         """Show the job's log until the job has ended, also when the connection is lost in between.
@@ -138,21 +152,22 @@ class Submission:
         Raises:
             ClusterError: The job server stays away for a minute.
         """
-        num_shown = 0
-        deadline_s = time.monotonic() + AWAY_DEADLINE_S
+        last_heard_s = time.monotonic()
         while True:
+            num_shown = self._num_shown
             try:
-                num_shown = asyncio.run(self._tail(show, num_shown))
+                asyncio.run(self._tail(show))
                 if self._status().is_terminal():
                     return
-            except (RuntimeError, OSError) as error:
-                if time.monotonic() > deadline_s:
+                last_heard_s = time.monotonic()
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                if self._num_shown > num_shown:
+                    last_heard_s = time.monotonic()
+                if time.monotonic() > last_heard_s + AWAY_DEADLINE_S:
                     raise ClusterError(
-                        f"the job server at {self._client.get_address()} went away ({error}); whether job "
-                        f"{self.job_id} still runs, ray job status {self.job_id} can say when it is back"
+                        f"the job server at {self.address} went away ({error}); whether job {self.job_id} still runs, "
+                        f"ray job status {self.job_id} can say when it is back"
                     ) from error
-            else:
-                deadline_s = time.monotonic() + AWAY_DEADLINE_S
             time.sleep(POLL_S)
 
     def result(self) -> JobResult:
@@ -160,8 +175,10 @@ class Submission:
         details = self._client.get_job_info(self.job_id)
         status = JobStatus(details.status)
         if status is JobStatus.SUCCEEDED:
-            return JobResult(status.value, details.message or "", 0)
-        return JobResult(status.value, details.message or "", details.driver_exit_code or 1)
+            return JobResult(status.value, "", 0)
+        if status is JobStatus.FAILED and not details.driver_exit_code:
+            return JobResult(status.value, details.message or "Ray does not say why", 1)
+        return JobResult(status.value, "", details.driver_exit_code or 1)
 
     def as_json(self) -> dict[str, Any]:
         """One object for scripts: the job, its status, and the run's own summary where it got that far."""
@@ -169,21 +186,19 @@ class Submission:
         summary = last_json_line(self._client.get_job_logs(self.job_id)) if status.is_terminal() else None
         return {
             "job_id": self.job_id,
-            "address": self._client.get_address(),
+            "address": self.address,
             "status": status.value,
             "summary": summary,
         }
 
-    async def _tail(self, show: Callable[[str], None], num_shown: int) -> int:
-        """Show the log from character `num_shown` on, as the server sends it anew from its beginning."""
+    async def _tail(self, show: Callable[[str], None]) -> None:
+        """Show what of the log has not been shown; the server sends all of it, from its beginning."""
         position = 0
         async for text in self._client.tail_job_logs(self.job_id):
             position += len(text)
-            if position > num_shown:
-                new = text[max(0, len(text) - (position - num_shown)) :]
-                num_shown = position
-                show(new)
-        return num_shown
+            if position > self._num_shown:
+                show(text[max(0, len(text) - (position - self._num_shown)) :])
+                self._num_shown = position
 
     def _status(self) -> JobStatus:
         return JobStatus(self._client.get_job_status(self.job_id))

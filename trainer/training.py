@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from trainer.prefetch import LeaseSource, Prefetcher
 from trainer.recipe import Recipe, TrainerConfig
 from trainer.saving import CheckpointWriter, restore
 from trainer.schedule import planned_steps
+
+logger = logging.getLogger(__name__)
 
 
 class CoordinatorLink(LeaseSource, CoordinatorSide, Protocol):
@@ -97,6 +100,7 @@ def train(
         total_steps = planned_steps(
             coordinator.planned_uses(), config.global_batch_size, tail=config.tail, max_steps=config.max_steps
         )
+        logger.info("training from step %d to step %d", done_steps + 1, total_steps)
         return TrainingLoop(
             engine=engine,
             batches=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ from services.target.config import TargetConfig
 if TYPE_CHECKING:
     from services.target.engine import Engine
     from services.target.server import RunningServer
+
+
+logger = logging.getLogger(__name__)
 
 
 class TargetServer:
@@ -80,9 +84,12 @@ class TargetServer:
                 torch.set_num_threads(self._config.threads)
             self._engine = TransformersEngine(self._config)
             self._server = serve(self._engine, self._config, f"{self._host}:0")
+            logger.info("serves %s at %s", self._config.model, self._server.address)
         except SlipstreamError as error:
             self._failure = error
+            logger.error("%s", error)
         except Exception as error:  # handed to whoever asks, as the target's failure
+            logger.exception("target %s failed to load", self._config.model)
             self._failure = TargetError(f"target {self._config.model} failed to load: {type(error).__name__}: {error}")
         finally:
             self._settled.set()

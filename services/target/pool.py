@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from services.contracts import Event, TargetDescription, TargetState
 from services.errors import DeadlineError, PlacementError, SlipstreamError, TargetError, UsageError
+from services.logs import LogPlace, logged
 from services.placement import alive_nodes
 from services.target.actor import TargetServer
 from services.target.config import TargetConfig
@@ -60,10 +61,14 @@ class TargetPool:
         config: What each target is and how many there are.
         publish: Called about once a second with the live addresses, from the watcher's thread. A SlipstreamError that
             it raises becomes an event; the next call tries again.
+        log: Where the targets log to, each in a file with its index.
     """
 
-    def __init__(self, config: TargetConfig, publish: Callable[[Sequence[str]], None]) -> None:
+    def __init__(
+        self, config: TargetConfig, publish: Callable[[Sequence[str]], None], log: LogPlace | None = None
+    ) -> None:
         self._config = config
+        self._log = log
         self._publish = publish
         self._replicas: list[Replica] = []
         self._next_index = 0
@@ -211,11 +216,11 @@ class TargetPool:
 
     def _add(self, count: int) -> None:
         """Ask Ray for more actors; the lock is held."""
-        actor_class = ray.remote(TargetServer).options(
-            **self._config.ask.options(), max_restarts=-1, max_task_retries=-1, max_concurrency=8
-        )
+        options = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 8, **self._config.ask.options()}
         for _ in range(count):
-            actor = actor_class.remote(self._config)
+            place = self._log.model_copy(update={"rank": self._next_index}) if self._log else None
+            actor_class: Any = ray.remote(logged(TargetServer, place) if place else TargetServer)
+            actor = actor_class.options(**options).remote(self._config)
             is_added = self._watcher is not None
             self._replicas.append(Replica(self._next_index, actor, asked_s=time.monotonic(), is_added=is_added))
             self._next_index += 1

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,28 @@ def test_job_is_stopped_in_order_and_the_next_one_goes_on_with_the_run(cluster: 
     assert summary["resumed_from_step"] == stopped_at
     assert summary["steps"] == stopped_at + MORE_STEPS
     assert summary["ledger"]["balanced"]
+    wait_until(lambda: not cluster.left_behind(), lambda: f"left behind: {cluster.left_behind()}", 30)
+
+
+def test_interrupted_submission_leaves_its_job_running(cluster: Cluster) -> None:
+    process = cluster.start(
+        *(str(BIN / "slipstream"), "submit", RECIPE, "--address", cluster.url, "--name", "left"),
+        *("--output-dir", str(cluster.home / "left")),
+    )
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("Running entrypoint" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    command = f"ray job stop --address {cluster.url} left"
+    assert f"job left runs on; stop it with: {command}" in errors
+    assert "RUNNING" in "".join(cluster.ray_job("status", "left")[1:])
+    code, output, errors = cluster.run(*(str(BIN / "ray"), *command.split()[1:]))
+    assert code == 0, output + errors
     wait_until(lambda: not cluster.left_behind(), lambda: f"left behind: {cluster.left_behind()}", 30)
 
 

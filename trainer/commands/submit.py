@@ -55,15 +55,20 @@ def submit(
             if as_json:
                 print(json.dumps(submission.as_json()))
             return
-        submission.follow(lambda text: console.console.print(text, end="", markup=False, soft_wrap=True))
+        try:
+            submission.follow(lambda text: console.console.print(text, end="", markup=False, soft_wrap=True))
+        except KeyboardInterrupt:
+            fail(console, f"job {submission.job_id} runs on; stop it with: {submission.stop_command}", 1)
         result = submission.result()
     except SlipstreamError as error:
         fail(console, str(error), error.exit_code)
     except KeyboardInterrupt:
-        fail(console, "no longer watching; if the job had been submitted it runs on, see ray job list", 1)
+        fail(console, "interrupted; ray job list shows whether the job had been submitted", 1)
     if as_json:
         print(json.dumps(submission.as_json()))
     else:
         console.say(f"job {submission.job_id} {result.status.lower()}")
     if result.exit_code:
+        if result.message:
+            fail(console, result.message, result.exit_code)
         raise typer.Exit(result.exit_code)
