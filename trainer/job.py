@@ -35,7 +35,7 @@ from services.replay.registry import TargetRegistry
 from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.target.pool import TargetPool
-from services.telemetry import HistoryFile, Journal, RunOutcome, TelemetryReader
+from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, TelemetryReader
 from services.views.prometheus import PrometheusSink
 from services.views.tensorboard import TensorBoardSink
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
@@ -136,7 +136,7 @@ class Job:
         self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"))
         self._evaluations = Evaluations(self._recipe, output.evaluations, output.log_place("evaluator"))
         self._board = StatusBoard(self._beginning())
-        views = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
+        views: list[Sink] = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
         self._journal = Journal([HistoryFile(output.telemetry), self._board, *views])
         self._steering = Steering(self._board, self, self._report)
         self._parts: list[Part] = []

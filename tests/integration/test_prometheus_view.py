@@ -100,7 +100,9 @@ def test_ray_serves_the_figures_of_each_run(tmp_path: Path) -> None:
             assert driver.stdout is not None
             host, port = driver.stdout.readline().split()
             wanted = {
-                (name, run): value for name, of in EXPECTED.items() for run, value in zip(("demo-1", "demo-2"), of)
+                (name, run): value
+                for name, of in EXPECTED.items()
+                for run, value in zip(("demo-1", "demo-2"), of, strict=True)
             }
             seen: dict[tuple[str, str], float] = {}
 
