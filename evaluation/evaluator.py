@@ -17,9 +17,9 @@ from evaluation.config import EvaluationConfig
 from evaluation.decode import SpeculativeOutput, greedy_generate, speculative_generate
 from evaluation.lossless import find_divergence
 from evaluation.report import Divergence, Report, summarize
-from evaluation.stop_tokens import find_stop_token_ids
 from services.errors import CheckpointError, PromptError, TargetError
 from services.models import find_model
+from services.stop_tokens import find_stop_token_ids
 
 
 class Evaluator:

@@ -101,9 +101,29 @@ class TableSignature(Record):
         """Payload bytes of one sample, known before it is captured."""
         return num_tokens * self.context_row_bytes + num_last_rows * self.last_row_bytes
 
+    def reserved_bytes(self, job: CaptureJob) -> int:
+        """Payload bytes that a capture may take: those of its sample, or of the longest answer."""
+        longest_answer = job.generate.max_new_tokens if job.generate else 0
+        return self.sample_bytes(job.num_tokens + longest_answer, len(job.last_rows) + longest_answer)
+
+
+class Generation(Record):
+    """How a target answers a prompt whose features it captures in the same pass (on-policy data)."""
+
+    max_new_tokens: int
+    """Longest answer, its stop token included."""
+    min_new_tokens: int = 1
+    """An answer shorter than this is of no use to the trainer."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+    stop_token_ids: tuple[int, ...]
+    last_rows: LastRows
+    """The rows of the last hidden state to send, once the answer is known."""
+
 
 class CaptureJob(Record):
-    """One entry of the work queue: capture these tokens."""
+    """One entry of the work queue: capture these tokens, or a prompt and the target's own answer to it."""
 
     capture: int
     attempt: int = 0
@@ -116,11 +136,30 @@ class CaptureJob(Record):
     last_rows: tuple[int, ...]
     ks: tuple[int, ...] | None = None
     """The k of its uses still to be trained, ascending; None is all of them (a resumed run leaves some out)."""
+    generate: Generation | None = None
+    """Set while the target has still to answer: `input_ids` are the prompt, nothing counts in the loss yet."""
 
     @property
     def num_tokens(self) -> int:
-        """T: tokens of the sequence."""
+        """T: tokens of the sequence, as far as they are known."""
         return len(self.input_ids)
+
+    def answered(self, answer: Sequence[int]) -> CaptureJob:
+        """The job once the target has answered: what it would be had the answer been known before.
+
+        Args:
+            answer: Token ids; each of them counts in the loss.
+        """
+        assert self.generate is not None
+        loss_mask = (*self.loss_mask, *(1 for _ in answer))
+        return self.model_copy(
+            update={
+                "input_ids": (*self.input_ids, *answer),
+                "loss_mask": loss_mask,
+                "last_rows": tuple(self.generate.last_rows.select(loss_mask)),
+                "generate": None,
+            }
+        )
 
 
 class Chunk(Record):

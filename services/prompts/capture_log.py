@@ -10,6 +10,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
+from services.append_log import open_append_log
 from services.errors import CheckpointError
 from services.prompts.ledger import FIRST, CaptureLine
 
@@ -37,10 +38,8 @@ class CaptureLog:
         self._path = path
         self._next_attempt = array("L", bytes(array("L").itemsize * num_captures))
         self._seen_prompts = bytearray(num_prompts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        self._file = open_append_log(path)
         try:
-            self._cut_torn_line()
             for number, text in enumerate(self.lines(), start=1):
                 self._count(self._parse(text, number))
         except BaseException:
@@ -105,17 +104,6 @@ class CaptureLog:
         if not self._file.closed:
             self.sync()
             self._file.close()
-
-    def _cut_torn_line(self) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        keep = end
-        while keep:
-            self._file.seek(keep - 1)
-            if self._file.read(1) == b"\n":
-                break
-            keep -= 1
-        if keep < end:
-            self._file.truncate(keep)
 
     def _parse(self, text: str, number: int) -> CaptureLine:
         try:

@@ -104,8 +104,7 @@ class ChatEncoder:
                 refuses the conversation or renders it inconsistently.
         """
         _check(messages)
-        if self._system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._system_prompt}, *messages]
+        messages = self._with_system_prompt(messages)
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not assistants:
             raise UnusablePromptError("no assistant turn", "there is nothing to learn from")
@@ -113,6 +112,11 @@ class ChatEncoder:
         spans = [self._span(messages, i, text) for i in assistants]
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return Encoded(tuple(encoding.ids), mask_of_spans([start for start, _ in encoding.offsets], spans))
+
+    def _with_system_prompt(self, messages: Conversation) -> Conversation:
+        if self._system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._system_prompt}, *messages]
 
     def encode_prompt(self, messages: Conversation) -> list[int]:
         """Tokenise what a server would give the model to answer: the messages and the generation prompt, no more.
@@ -123,6 +127,16 @@ class ChatEncoder:
         _check(messages)
         text = self.render(messages, add_generation_prompt=True)
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_question(self, messages: Conversation) -> list[int]:
+        """Tokenise the part of a training conversation that the target shall answer in its own way.
+
+        That is all up to the first user turn that has no answer, or, if every one has, up to the last that has one.
+
+        Raises:
+            UnusablePromptError: As `encode_prompt`, or there is no user turn.
+        """
+        return self.encode_prompt(self._with_system_prompt(_question(messages)))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The template's text for a conversation.
@@ -178,6 +192,14 @@ class ChatEncoder:
         if len(parts) != 2:
             raise _inconsistent(i, f"its content appears {len(parts) - 1} times")
         return parts[0], parts[1]
+
+
+def _question(messages: Conversation) -> Conversation:
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise UnusablePromptError("no user turn", "there is nothing for the target to answer")
+    unanswered = [i for i in users if i + 1 == len(messages) or messages[i + 1]["role"] == "user"]
+    return messages[: (unanswered or users[-1:])[0] + 1]
 
 
 def mask_of_spans(token_starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:

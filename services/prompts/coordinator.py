@@ -6,14 +6,17 @@ come in on other threads. All state is in `Schedule`, `Ledger` and `CaptureLog`,
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
 
+from services.answers import AnswerBook
 from services.contracts import Outcome, StepLease, StepReport
 from services.errors import (
     CheckpointError,
     DeadlineError,
+    PausedError,
     PromptError,
     ReplayError,
     StaleGenerationError,
@@ -23,7 +26,7 @@ from services.models import find_model
 from services.prompts.capture_log import CaptureLog
 from services.prompts.chat import ChatEncoder, UnusablePromptError
 from services.prompts.config import PromptsConfig
-from services.prompts.intake import Intake, first_turns
+from services.prompts.intake import Intake, OwnAnswers, first_turns
 from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit
 from services.prompts.plan import Plan
 from services.prompts.records import CoordinatorSettings, Progress
@@ -32,8 +35,11 @@ from services.prompts.sources import STDLIB, Conversations, load_conversations
 from services.replay.connect import connect
 from services.replay.table import RedisTable
 from services.replay.work import WorkQueue
+from services.stop_tokens import find_stop_token_ids
 
 __all__ = ["Coordinator", "CoordinatorSettings", "LedgerSummary", "Progress"]
+
+logger = logging.getLogger(__name__)
 
 FEED_PERIOD_S = 0.02
 """How often an idle feeder looks for outcomes."""
@@ -85,7 +91,11 @@ class Coordinator:
             system_prompt=prompts.system_prompt,
             enable_thinking=prompts.enable_thinking,
         )
-        self._intake = Intake(conversations, self._encoder, prompts, settings.last_rows)
+        own_answers = None
+        if prompts.answers == "target":
+            stop_token_ids = find_stop_token_ids(find_model(model, weights=False))
+            own_answers = OwnAnswers(AnswerBook(Path(settings.answers)), stop_token_ids)
+        self._intake = Intake(conversations, self._encoder, prompts, settings.last_rows, own_answers)
         self._plan = Plan(len(conversations.items), prompts.epochs, settings.reuse, prompts.seed)
         self._ledger = _open_ledger(self._plan, conversations, settings.ledger)
         self._schedule = Schedule(self._ledger, settings)
@@ -99,17 +109,25 @@ class Coordinator:
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None
         self._sealed = False
+        self._paused = False
         self._incarnation = self._table.incarnation()
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
         self._feeder.start()
+        logger.info(
+            "%d conversations, %d rejected; %d captures are planned",
+            len(conversations.items),
+            len(self._rejected),
+            self._plan.num_captures,
+        )
 
     def step_lease(self, step: int, generation: int) -> StepLease:
         """Grant an optimizer step, counted from 1; the same step again gives the same lease.
 
         Raises:
             DeadlineError: Too few conversations are encoded after `LEASE_WAIT_S`: ask again.
+            PausedError: The run is still paused after `LEASE_WAIT_S`: ask again.
             StaleGenerationError: Another trainer group is the current one.
             ReplayError: The step is not the next one.
             PromptError: Not one conversation can be trained on.
@@ -118,11 +136,15 @@ class Coordinator:
         with self._changed:
             while True:
                 self._raise_error()
-                lease = self._schedule.grant(step, generation)
+                # What one rank was granted, every rank must get: they train a step together.
+                is_held_back = self._paused and step > self._schedule.steps_granted and not self._schedule.ended
+                lease = None if is_held_back else self._schedule.grant(step, generation)
                 if lease is not None:
                     self._changed.notify_all()
                     return lease
                 left_s = deadline_s - time.monotonic()
+                if left_s <= 0 and is_held_back:
+                    raise PausedError(f"step {step} is not granted: the run is paused")
                 if left_s <= 0:
                     raise DeadlineError(
                         f"step {step}: fewer than {self._settings.uses_per_step} uses are encoded after "
@@ -191,6 +213,22 @@ class Coordinator:
                 ended=self._schedule.ended,
                 last_failure=self._schedule.last_failure,
             )
+
+    def pause(self) -> int:
+        """Grant no further step until `go_on`.
+
+        Returns:
+            The last step that is granted; the ranks still train it.
+        """
+        with self._changed:
+            self._paused = True
+            return self._schedule.steps_granted
+
+    def go_on(self) -> None:
+        """Grant steps again."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
 
     def stop_granting(self) -> None:
         """Let the ranks finish what is granted; the next step is `END`."""

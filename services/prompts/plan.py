@@ -55,5 +55,13 @@ class Plan:
 
 def anchor_seed(seed: int, use: Use) -> int:
     """Seed of a use's anchors, in [0, 2**63): from what is trained, not from who trains it or when."""
-    text = f"anchors/{seed}/{use.prompt}/{use.epoch}/{use.k}"
+    return _number(f"anchors/{seed}/{use.prompt}/{use.epoch}/{use.k}")
+
+
+def answer_seed(seed: int, prompt: int) -> int:
+    """Seed of the target's own answer to a prompt, in [0, 2**63): the same in every epoch and attempt."""
+    return _number(f"answer/{seed}/{prompt}")
+
+
+def _number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

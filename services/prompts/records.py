@@ -22,6 +22,7 @@ class CoordinatorSettings(Record):
         tail: What becomes of a last step that is not full.
         lookahead_captures: Bound of the work queue.
         capture_log: Path of the append-only log of captures; it outlives crashes.
+        answers: Path of the target's own answers, which the shard writes.
         ledger: Path of the ledger in the checkpoint that the run resumes from; None begins at step 0.
         generation: The trainer group that leases are granted to.
     """
@@ -36,6 +37,7 @@ class CoordinatorSettings(Record):
     tail: Literal["pad", "drop"]
     lookahead_captures: int
     capture_log: str
+    answers: str
     ledger: str | None
     generation: int
 

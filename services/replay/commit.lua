@@ -10,7 +10,8 @@ end
 if fields[1] ~= 'inserting' or tonumber(fields[2]) ~= attempt then
   return { 'STALE', fields[1] or 'gone', fields[2] or '' }
 end
-if tonumber(fields[3]) ~= tonumber(ARGV[3]) then
+local spare = tonumber(fields[3]) - tonumber(ARGV[3])
+if spare < 0 then
   return { 'BYTES', ARGV[3], fields[3] }
 end
 if tonumber(fields[4]) ~= num_chunks then
@@ -24,8 +25,8 @@ for index = 0, num_chunks - 1 do
   end
   arrived = arrived + size
 end
-if arrived ~= tonumber(fields[3]) then
-  return { 'BYTES', arrived, fields[3] }
+if arrived ~= tonumber(ARGV[3]) then
+  return { 'BYTES', arrived, ARGV[3] }
 end
 
 local order = redis.call('HINCRBY', key('table'), 'order', 1)
@@ -34,8 +35,9 @@ for position = 8 + num_chunks, #ARGV do
   redis.call('ZADD', uses_key(capture), ARGV[position], ARGV[position])
   num_uses = num_uses + 1
 end
+redis.call('HINCRBY', key('table'), 'resident', string.format('%d', -spare)) -- reserved for a longer answer than the target gave
 redis.call('DEL', sample_key(capture))
-redis.call('HSET', sample_key(capture), 'state', 'resident', 'attempt', fields[2], 'bytes', fields[3], 'chunks',
+redis.call('HSET', sample_key(capture), 'state', 'resident', 'attempt', fields[2], 'bytes', ARGV[3], 'chunks',
   fields[4], 'record', ARGV[5], 'order', order, 'num_uses', num_uses, 'unacked', num_uses, 'committed_s', ARGV[4])
 redis.call('SREM', key('inserting'), capture)
 redis.call('ZADD', key('ready'), order, capture)

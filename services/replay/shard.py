@@ -13,9 +13,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
+from services.answers import AnswerWriter
 from services.checksum import verify
 from services.contracts import CaptureJob, Chunk, Outcome, Record, Sample, TableSignature
 from services.errors import (
@@ -81,6 +83,7 @@ class ReplayShard:
         prefix: str,
         config: ReplayConfig,
         signature: TableSignature,
+        answers: Path | None = None,
         *,
         connect_target: Callable[[str], CaptureClient] | None = None,
         clock: Callable[[], float] = time.time,
@@ -92,6 +95,7 @@ class ReplayShard:
             prefix: Of their keys.
             config: Capacity, chunk size, number of pulls, reuse, lease time.
             signature: What the table holds.
+            answers: Where the target's own answers go; needed only for jobs that let it answer.
             connect_target: Makes a target's client; gRPC by default.
             clock: Seconds, shared with whoever leases from the table.
 
@@ -106,6 +110,7 @@ class ReplayShard:
         self._work = WorkQueue(client, prefix)
         self._registry = TargetRegistry(client, prefix)
         self._telemetry = TelemetryWriter(client, prefix)
+        self._answers = AnswerWriter(answers) if answers else None
         self._targets = Targets(signature, connect_target or _connect_grpc)
         self._stop = threading.Event()
         self._slots = threading.Semaphore(config.pulls)
@@ -140,6 +145,8 @@ class ReplayShard:
             self._targets.close()
             pool.shutdown(wait=True)
             self._telemetry.close()
+            if self._answers:
+                self._answers.close()
         if self._defect is not None:
             raise self._defect
 
@@ -201,7 +208,7 @@ class ReplayShard:
 
     def _admit(self, job: CaptureJob) -> bool:
         """Reserve the job's bytes, waiting while the buffer is full; False if there is nothing to pull."""
-        num_bytes = self._num_bytes(job)
+        num_bytes = self._signature.reserved_bytes(job)
         began = time.monotonic()
         while not self._stop.is_set():
             try:
@@ -261,7 +268,10 @@ class ReplayShard:
                     self._fail(job, f"no target answered for {self._config.lease_s:g} s", retry=True)
                 return
             try:
-                self._table.commit(self._capture(address, job), self._clock())
+                sample = self._capture(address, job)
+                if sample is None:
+                    return
+                self._table.commit(sample, self._clock())
             except UnknownSampleError:
                 return  # a newer attempt has this capture
             except (CaptureRequestError, FeatureError) as error:
@@ -279,7 +289,7 @@ class ReplayShard:
                 reason = str(error)
             else:
                 self._targets.succeeded(address)
-                self._count(num_captured=1, num_tokens=job.num_tokens, num_bytes=self._num_bytes(job))
+                self._count(num_captured=1, num_tokens=sample.job.num_tokens, num_bytes=sample.num_bytes)
                 return
             finally:
                 self._targets.leave(address)
@@ -298,7 +308,7 @@ class ReplayShard:
         if not self._work.renew(job, self._clock(), self._config.lease_s):
             return False
         self._count(num_retries=1)
-        return self._table.admit(job, self._num_bytes(job), self._clock()) is Admission.ADMITTED
+        return self._table.admit(job, self._signature.reserved_bytes(job), self._clock()) is Admission.ADMITTED
 
     def _wait_for_target(self) -> str | None:
         """A place at a live target; None after `lease_s`, or when stopped."""
@@ -311,30 +321,44 @@ class ReplayShard:
             self._stop.wait(TARGET_POLL_S)
         return None
 
-    def _capture(self, address: str, job: CaptureJob) -> Sample:
-        """Pull one capture and store its chunks; each is checked before it is stored."""
+    def _capture(self, address: str, job: CaptureJob) -> Sample | None:
+        """Pull one capture and store its chunks; each is checked before it is stored.
+
+        Returns:
+            None if the target's own answer is too short to be of use; it is on disk, and the coordinator hears of it.
+        """
         chunks: list[Chunk] = []
+        known = job
+
+        def take_answer(answer: Sequence[int]) -> None:
+            nonlocal known
+            known = job.answered(answer)
+            assert self._answers is not None, "a job that lets the target answer needs a file for the answers"
+            self._answers.append(job.prompt, tuple(answer))
+
         stream = self._targets.client(address).capture(
             job,
             layer_ids=self._signature.layer_ids,
             wire_dtype=self._signature.dtype,
             chunk_bytes=self._chunk_bytes(),
             timeout_s=self._config.lease_s,
+            on_answer=take_answer,
         )
         for chunk, payload in stream:
             if self._stop.is_set():
                 raise TargetUnavailableError("the shard is stopping")
+            if job.generate and (length := known.num_tokens - job.num_tokens) < job.generate.min_new_tokens:
+                self._fail(job, f"the target's answer has only {length} tokens", retry=True)
+                return None
             verify(chunk, payload)
             self._table.put_chunk(job, len(chunks), payload)
             chunks.append(chunk)
-        return Sample(job=job, chunks=tuple(chunks), num_bytes=self._num_bytes(job), target=address)
+        num_bytes = sum(chunk.num_bytes for chunk in chunks)
+        return Sample(job=known, chunks=tuple(chunks), num_bytes=num_bytes, target=address)
 
     def _chunk_bytes(self) -> int:
         rounded = self._config.chunk - STORED_VALUE_OVERHEAD_BYTES
         return rounded if rounded >= self._signature.context_row_bytes else int(self._config.chunk)
-
-    def _num_bytes(self, job: CaptureJob) -> int:
-        return self._signature.sample_bytes(job.num_tokens, len(job.last_rows))
 
     def _fail(self, job: CaptureJob, reason: str, *, retry: bool = False) -> None:
         outcome = Outcome(
@@ -350,6 +374,7 @@ class ReplayShard:
             self._event("capture", f"capture {job.capture} failed: {reason}")
 
     def _event(self, kind: str, message: str) -> None:
+        logger.info("%s: %s", kind, message)
         logger.warning(message)
         self._telemetry.emit("event", event=kind, message=message)
 

@@ -7,8 +7,8 @@ A sample goes through these states, one Lua script a transition:
                   └─abandon─► freed   └─release, expire─┘
 
 Law of bytes: the bytes of samples that are inserting, ready or leased sum to `resident_bytes` ≤ `capacity_bytes`. They
-are known before a capture begins (`TableSignature.sample_bytes`), reserved by `admit`, and `commit` refuses a sample of
-which not exactly these arrived.
+are known before a capture begins (`TableSignature.reserved_bytes`) and reserved by `admit`; `commit` refuses a sample
+of which not all rows arrived, and gives back what was reserved for a longer answer than the target gave.
 
 A sample feeds one use for each of its job's `ks` (all k < reuse by default), lowest k first; after a lease it goes to
 the end of the line until no use is left. Times are passed in; they come from one clock (`time.time` of one host).
@@ -146,7 +146,7 @@ class RedisTable:
 
         Args:
             job: The capture.
-            num_bytes: Its payload bytes, `TableSignature.sample_bytes`.
+            num_bytes: Its payload bytes, `TableSignature.reserved_bytes`.
             now_s: The time.
 
         Raises:

@@ -24,9 +24,16 @@ class CaptureClient(Protocol):
         """What the target is."""
 
     def capture(
-        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+        self,
+        job: CaptureJob,
+        *,
+        layer_ids: Sequence[int],
+        wire_dtype: WireDtype,
+        chunk_bytes: int,
+        timeout_s: float,
+        on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
-        """The chunks of one capture."""
+        """The chunks of one capture; before them the target's answer, if it was to give one."""
 
     def close(self) -> None:
         """Close the connection."""

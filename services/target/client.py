@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 import grpc
 
-from services.contracts import MAX_CHUNK_BYTES, WIRE_VERSION, CaptureJob, Chunk, TargetDescription, WireDtype
+from services.contracts import (
+    MAX_CHUNK_BYTES,
+    WIRE_VERSION,
+    CaptureJob,
+    Chunk,
+    Generation,
+    TargetDescription,
+    WireDtype,
+)
 from services.errors import (
     CaptureRequestError,
     FeatureError,
@@ -18,7 +26,7 @@ from services.errors import (
     WireError,
 )
 from services.target.framing import unpack
-from services.target.request import DTYPE_TO_WIRE, SERVICE
+from services.target.request import DTYPE_TO_WIRE, LAST_ROWS_TO_WIRE, SERVICE
 from services.target.stream import StreamCheck
 from services.wire import target_pb2 as wire
 
@@ -98,7 +106,14 @@ class TargetClient:
         )
 
     def capture(
-        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+        self,
+        job: CaptureJob,
+        *,
+        layer_ids: Sequence[int],
+        wire_dtype: WireDtype,
+        chunk_bytes: int,
+        timeout_s: float,
+        on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
         """Stream the features of one job: its context chunks in row order, then those of the last hidden state.
 
@@ -111,6 +126,8 @@ class TargetClient:
             wire_dtype: dtype of the payloads.
             chunk_bytes: Most bytes of one payload.
             timeout_s: Deadline of the whole capture, from the first `next`.
+            on_answer: Called with the answer's token ids before the first chunk is yielded, if the job lets the target
+                answer.
 
         Yields:
             The chunk's record and its payload, a read-only view that keeps the received message alive. The checksum is
@@ -132,6 +149,7 @@ class TargetClient:
             last_rows=job.last_rows,
             dtype=DTYPE_TO_WIRE[wire_dtype],
             chunk_bytes=chunk_bytes,
+            generate=_generate(job.generate) if job.generate else None,
         )
         check = StreamCheck(job, num_layers=len(layer_ids), dtype=wire_dtype, chunk_bytes=chunk_bytes)
         try:
@@ -141,7 +159,10 @@ class TargetClient:
         try:
             for message in call:
                 framed = unpack(message)
-                yield check.accept(framed), framed.payload
+                chunk = check.accept(framed)
+                if on_answer is not None and framed.header.answer_token_ids:
+                    on_answer(tuple(framed.header.answer_token_ids))
+                yield chunk, framed.payload
             check.finish()
         except grpc.RpcError as error:
             raise self._translate(error, f"Capture of sample {job.capture} ({job.num_tokens} tokens)") from error
@@ -155,3 +176,13 @@ class TargetClient:
     def _translate(self, error: grpc.RpcError, what: str) -> SlipstreamError:
         kind = ERRORS.get(error.code(), TargetError)
         return kind(f"target {self.address}, {what}: {error.details()} ({error.code().name})")
+
+
+def _generate(generation: Generation) -> wire.Generate:
+    return wire.Generate(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        seed=generation.seed,
+        stop_token_ids=generation.stop_token_ids,
+        last_rows=LAST_ROWS_TO_WIRE[generation.last_rows],
+    )

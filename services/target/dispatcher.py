@@ -114,7 +114,7 @@ class Dispatcher(Generic[Result]):
         return {"max_batch_tokens": self._max_batch_tokens, "max_batch_samples": self._max_batch_samples}
 
     def _waiting(self) -> list[Waiting]:
-        return [Waiting(ticket.inputs.num_tokens, ticket.inputs.layer_ids) for ticket in self._queue]
+        return [Waiting(ticket.inputs.num_tokens, ticket.inputs.group) for ticket in self._queue]
 
     def _compute_batch(self, batch: list[Ticket[Result]]) -> None:
         try:

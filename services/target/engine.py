@@ -17,6 +17,7 @@ from services.contracts import TargetDescription
 from services.errors import TargetError, TargetUnavailableError
 from services.models import find_model, read_shape
 from services.target.config import TargetConfig
+from services.target.generation import answer_prompts
 from services.target.request import CaptureInputs
 from services.target.tap import FeatureTap, decoder_of
 
@@ -28,6 +29,8 @@ class CapturedFeatures(NamedTuple):
     """[T, L·D]: the wanted layers' outputs, concatenated in the order asked for."""
     last: Tensor
     """[R, D]: the wanted rows of the last hidden state, after the final norm."""
+    answer: tuple[int, ...] = ()
+    """The target's own answer, if one was asked for; `context` goes on over it."""
 
 
 class Engine(Protocol):
@@ -38,7 +41,7 @@ class Engine(Protocol):
         ...
 
     def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
-        """One forward pass over checked requests that share their layer ids."""
+        """One pass over checked requests of one group (`CaptureInputs.group`)."""
         ...
 
     def check(self) -> None:
@@ -47,7 +50,7 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """The decoder stack of a Hugging Face causal LM, without its head and without a KV cache.
+    """A Hugging Face causal LM: its decoder stack, and its head and a KV cache only where it has to answer a prompt.
 
     Raises:
         TargetError: There is no GPU although one is asked for; the model cannot be found or loaded, or its files lack
@@ -58,7 +61,9 @@ class TransformersEngine:
         self._device = _choose_device(config.num_gpus)
         folder = find_model(config.model, weights=True)
         shape = read_shape(folder)
-        self._decoder = _load_decoder(str(folder), getattr(torch, config.dtype)).to(self._device)
+        model = _load_model(str(folder), getattr(torch, config.dtype))
+        self._decoder = decoder_of(model).to(self._device)
+        self._head: nn.Module = model.get_output_embeddings()
         self._description = TargetDescription(
             model_name=config.model,
             fingerprint=shape.fingerprint,
@@ -78,18 +83,17 @@ class TransformersEngine:
         """One forward pass, right-padded; each sample's rows equal those of a pass of its own.
 
         Args:
-            batch: Requests that share their layer ids, each within the target's bounds.
+            batch: Requests of one group, each within the target's bounds.
 
         Raises:
             TargetError: The device has not enough memory for this batch.
             TargetUnavailableError: The device failed.
         """
-        layer_ids = batch[0].layer_ids
-        if any(inputs.layer_ids != layer_ids for inputs in batch):
-            raise ValueError("the requests of one forward pass must share their layer ids")
+        if any(inputs.group != batch[0].group for inputs in batch):
+            raise ValueError("the requests of one pass must share their layer ids, and all or none of them generate")
         try:
             with torch.inference_mode():
-                return self._capture(batch, layer_ids)
+                return self._answer(batch) if batch[0].generate else self._capture(batch, batch[0].layer_ids)
         except torch.OutOfMemoryError as error:
             lengths = [inputs.num_tokens for inputs in batch]
             raise TargetError(
@@ -108,10 +112,29 @@ class TransformersEngine:
         return [
             CapturedFeatures(
                 context=_pack_context([layer[row] for layer in layers_LBTD], inputs),
-                last=_pack_last(last_BTD[row], inputs),
+                last=_pack_last(last_BTD[row], inputs.last_rows, TORCH_DTYPES[inputs.dtype]),
             )
             for row, inputs in enumerate(batch)
         ]
+
+    def _answer(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
+        dtype = TORCH_DTYPES[batch[0].dtype]
+        self._head.to(self._device)  # not before: most targets never answer
+        answered = answer_prompts(self._decoder, self._logits, batch, dtype)
+        return [
+            CapturedFeatures(
+                context=result.context_TLD.flatten(1).cpu(),
+                last=_pack_last(result.last_TD, _rows_of_answer(inputs, result.answer), dtype),
+                answer=result.answer,
+            )
+            for inputs, result in zip(batch, answered, strict=True)
+        ]
+
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        """The head, with the soft-capping of those families that have it."""
+        logits_BV: Tensor = self._head(hidden_BD)
+        cap = getattr(self._decoder.config, "final_logit_softcapping", None)
+        return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)
 
     def _pad(self, batch: list[CaptureInputs]) -> tuple[Tensor, Tensor | None]:
         """Token ids and attention mask, both [B, T]; no mask if nothing is padded."""
@@ -146,8 +169,8 @@ def _choose_device(num_gpus: float) -> torch.device:
     return torch.device("cuda")
 
 
-def _load_decoder(folder: str, dtype: torch.dtype) -> nn.Module:
-    """The decoder stack in evaluation mode, weights converted to `dtype`."""
+def _load_model(folder: str, dtype: torch.dtype) -> Any:
+    """The model in evaluation mode, weights converted to `dtype`."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -160,7 +183,7 @@ def _load_decoder(folder: str, dtype: torch.dtype) -> nn.Module:
         raise TargetError(
             f"target {folder} lacks {len(names)} weights of its config, {names[0]} first: are all its files there?"
         )
-    return decoder_of(model).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _pack_context(layers: Sequence[Tensor], inputs: CaptureInputs) -> Tensor:
@@ -177,6 +200,11 @@ def _pack_context(layers: Sequence[Tensor], inputs: CaptureInputs) -> Tensor:
     return context.flatten(1).cpu()
 
 
-def _pack_last(last: Tensor, inputs: CaptureInputs) -> Tensor:
-    rows = torch.tensor(inputs.last_rows, dtype=torch.long, device=last.device)
-    return last.index_select(0, rows).to(TORCH_DTYPES[inputs.dtype]).cpu()
+def _pack_last(last: Tensor, last_rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+    rows = torch.tensor(last_rows, dtype=torch.long, device=last.device)
+    return last.index_select(0, rows).to(dtype).cpu()
+
+
+def _rows_of_answer(inputs: CaptureInputs, answer: Sequence[int]) -> list[int]:
+    assert inputs.generate is not None
+    return inputs.generate.last_rows.select([0] * len(inputs.input_ids) + [1] * len(answer))

@@ -209,4 +209,6 @@ def _chunks(request: CaptureRequest, features: CapturedFeatures) -> Iterator[Fra
             header.totals.context_rows = len(features.context)
             header.totals.last_rows = len(features.last)
             header.totals.num_bytes = sum(view.nbytes for view in views.values())
+        if number == 1:
+            header.answer_token_ids.extend(features.answer)
         yield FramedChunk(header, payload)

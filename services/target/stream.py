@@ -15,7 +15,8 @@ class StreamCheck:
     """Accepts a capture's chunks one by one and knows whether they are complete.
 
     Context rows 0 … T come first, then the R rows of the last hidden state, without gap or overlap; only the final
-    chunk carries totals. The payload's checksum is left to whoever stores it (`services.checksum.verify`).
+    chunk carries totals. Where the target was asked to answer, the first chunk brings the answer, and the rows wanted
+    follow from it. The payload's checksum is left to whoever stores it (`services.checksum.verify`).
     """
 
     def __init__(self, job: CaptureJob, *, num_layers: int, dtype: WireDtype, chunk_bytes: int) -> None:
@@ -43,6 +44,7 @@ class StreamCheck:
             self._refuse(f"a chunk of sample {header.sample_id}, try {header.generation}, came")
         if DTYPE_FROM_WIRE.get(header.dtype) != self._dtype:
             self._refuse(f"dtype number {header.dtype} came, {self._dtype} was asked for")
+        self._take_answer(header)
         if header.tensor not in TENSOR_FROM_WIRE:
             self._refuse(f"tensor number {header.tensor} is unknown")
         tensor = TENSOR_FROM_WIRE[header.tensor]
@@ -78,6 +80,19 @@ class StreamCheck:
         """
         if not self._complete:
             self._refuse(f"the stream ended after {self._num_chunks} chunks without the final one")
+
+    def _take_answer(self, header: wire.FeatureChunk) -> None:
+        answer, generation = header.answer_token_ids, self._job.generate
+        if generation is None:
+            if answer:
+                self._refuse(f"an answer of {len(answer)} tokens came, none was asked for or to be expected again")
+            return
+        if not 1 <= len(answer) <= generation.max_new_tokens:
+            self._refuse(
+                f"an answer of {len(answer)} tokens came first, one of 1 to {generation.max_new_tokens} was asked for"
+            )
+        self._job = self._job.answered(answer)
+        self._rows_wanted = {"context": self._job.num_tokens, "last": len(self._job.last_rows)}
 
     def _check_rows(self, tensor: TensorName, header: wire.FeatureChunk) -> None:
         if tensor == "last" and self._rows["context"] < self._rows_wanted["context"]:

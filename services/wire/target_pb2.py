@@ -24,27 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservices/wire/target.proto\x12\x14slipstream.target.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xc1\x01\n\x10\x44\x65scribeResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\x14\n\x0cwire_version\x18\t \x01(\r\"\xd7\x01\n\x0e\x43\x61ptureRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x11\n\tsample_id\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x11\n\tlayer_ids\x18\x05 \x03(\x11\x12\x11\n\tlast_rows\x18\x06 \x03(\r\x12.\n\x05\x64type\x18\x07 \x01(\x0e\x32\x1f.slipstream.target.v1.WireDtype\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\rJ\x04\x08\t\x10\nJ\x04\x08\n\x10\x0b\"X\n\x06Totals\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontext_rows\x18\x02 \x01(\r\x12\x11\n\tlast_rows\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xaf\x02\n\x0c\x46\x65\x61tureChunk\x12\x11\n\tsample_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x30\n\x06tensor\x18\x03 \x01(\x0e\x32 .slipstream.target.v1.TensorName\x12\x11\n\trow_start\x18\x04 \x01(\r\x12\x0f\n\x07row_end\x18\x05 \x01(\r\x12\x11\n\trow_width\x18\x06 \x01(\r\x12.\n\x05\x64type\x18\x07 \x01(\x0e\x32\x1f.slipstream.target.v1.WireDtype\x12\x0e\n\x06\x63rc32c\x18\x08 \x01(\x07\x12,\n\x06totals\x18\t \x01(\x0b\x32\x1c.slipstream.target.v1.Totals\x12\x0f\n\x07payload\x18\x64 \x01(\x0cJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0cJ\x04\x08\x0c\x10\r*K\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42\x46\x31\x36\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04\x46P32\x10\x03\"\x04\x08\x04\x10\x04*@\n\nTensorName\x12\x1b\n\x17TENSOR_NAME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43ONTEXT\x10\x01\x12\x08\n\x04LAST\x10\x02\x32\xba\x01\n\x06Target\x12Y\n\x08\x44\x65scribe\x12%.slipstream.target.v1.DescribeRequest\x1a&.slipstream.target.v1.DescribeResponse\x12U\n\x07\x43\x61pture\x12$.slipstream.target.v1.CaptureRequest\x1a\".slipstream.target.v1.FeatureChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservices/wire/target.proto\x12\x14slipstream.target.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xc1\x01\n\x10\x44\x65scribeResponse\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\x14\n\x0cwire_version\x18\t \x01(\r\"\x83\x02\n\x0e\x43\x61ptureRequest\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x11\n\tsample_id\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x11\n\tlayer_ids\x18\x05 \x03(\x11\x12\x11\n\tlast_rows\x18\x06 \x03(\r\x12.\n\x05\x64type\x18\x07 \x01(\x0e\x32\x1f.slipstream.target.v1.WireDtype\x12\x13\n\x0b\x63hunk_bytes\x18\x08 \x01(\r\x12\x30\n\x08generate\x18\t \x01(\x0b\x32\x1e.slipstream.target.v1.GenerateJ\x04\x08\n\x10\x0b\"\x90\x01\n\x08Generate\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x31\n\tlast_rows\x18\x05 \x01(\x0e\x32\x1e.slipstream.target.v1.LastRows\"X\n\x06Totals\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontext_rows\x18\x02 \x01(\r\x12\x11\n\tlast_rows\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\"\xc3\x02\n\x0c\x46\x65\x61tureChunk\x12\x11\n\tsample_id\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x30\n\x06tensor\x18\x03 \x01(\x0e\x32 .slipstream.target.v1.TensorName\x12\x11\n\trow_start\x18\x04 \x01(\r\x12\x0f\n\x07row_end\x18\x05 \x01(\r\x12\x11\n\trow_width\x18\x06 \x01(\r\x12.\n\x05\x64type\x18\x07 \x01(\x0e\x32\x1f.slipstream.target.v1.WireDtype\x12\x0e\n\x06\x63rc32c\x18\x08 \x01(\x07\x12,\n\x06totals\x18\t \x01(\x0b\x32\x1c.slipstream.target.v1.Totals\x12\x18\n\x10\x61nswer_token_ids\x18\x0b \x03(\r\x12\x0f\n\x07payload\x18\x64 \x01(\x0cJ\x04\x08\n\x10\x0bJ\x04\x08\x0c\x10\r*K\n\tWireDtype\x12\x1a\n\x16WIRE_DTYPE_UNSPECIFIED\x10\x00\x12\x08\n\x04\x42\x46\x31\x36\x10\x01\x12\x08\n\x04\x46P16\x10\x02\x12\x08\n\x04\x46P32\x10\x03\"\x04\x08\x04\x10\x04*@\n\nTensorName\x12\x1b\n\x17TENSOR_NAME_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x43ONTEXT\x10\x01\x12\x08\n\x04LAST\x10\x02*=\n\x08LastRows\x12\x19\n\x15LAST_ROWS_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x42\x45TWEEN\x10\x01\x12\t\n\x05\x41\x46TER\x10\x02\x32\xba\x01\n\x06Target\x12Y\n\x08\x44\x65scribe\x12%.slipstream.target.v1.DescribeRequest\x1a&.slipstream.target.v1.DescribeResponse\x12U\n\x07\x43\x61pture\x12$.slipstream.target.v1.CaptureRequest\x1a\".slipstream.target.v1.FeatureChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'services.wire.target_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WIREDTYPE']._serialized_start=881
-  _globals['_WIREDTYPE']._serialized_end=956
-  _globals['_TENSORNAME']._serialized_start=958
-  _globals['_TENSORNAME']._serialized_end=1022
+  _globals['_WIREDTYPE']._serialized_start=1092
+  _globals['_WIREDTYPE']._serialized_end=1167
+  _globals['_TENSORNAME']._serialized_start=1169
+  _globals['_TENSORNAME']._serialized_end=1233
+  _globals['_LASTROWS']._serialized_start=1235
+  _globals['_LASTROWS']._serialized_end=1296
   _globals['_DESCRIBEREQUEST']._serialized_start=52
   _globals['_DESCRIBEREQUEST']._serialized_end=69
   _globals['_DESCRIBERESPONSE']._serialized_start=72
   _globals['_DESCRIBERESPONSE']._serialized_end=265
   _globals['_CAPTUREREQUEST']._serialized_start=268
-  _globals['_CAPTUREREQUEST']._serialized_end=483
-  _globals['_TOTALS']._serialized_start=485
-  _globals['_TOTALS']._serialized_end=573
-  _globals['_FEATURECHUNK']._serialized_start=576
-  _globals['_FEATURECHUNK']._serialized_end=879
-  _globals['_TARGET']._serialized_start=1025
-  _globals['_TARGET']._serialized_end=1211
+  _globals['_CAPTUREREQUEST']._serialized_end=527
+  _globals['_GENERATE']._serialized_start=530
+  _globals['_GENERATE']._serialized_end=674
+  _globals['_TOTALS']._serialized_start=676
+  _globals['_TOTALS']._serialized_end=764
+  _globals['_FEATURECHUNK']._serialized_start=767
+  _globals['_FEATURECHUNK']._serialized_end=1090
+  _globals['_TARGET']._serialized_start=1299
+  _globals['_TARGET']._serialized_end=1485
 # @@protoc_insertion_point(module_scope)

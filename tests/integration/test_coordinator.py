@@ -100,6 +100,7 @@ class Run:
             "tail": "pad",
             "lookahead_captures": 4,
             "capture_log": str(self.folder / "captures.jsonl"),
+            "answers": str(self.folder / "answers.jsonl"),
             "ledger": ledger,
             "generation": generation,
         } | changes

@@ -14,8 +14,18 @@ import pytest
 import torch
 from waiting import wait_until
 
+from services.answers import AnswerBook
 from services.checksum import crc32c
-from services.contracts import CaptureJob, Chunk, SampleLease, TableSignature, TargetDescription, WireDtype
+from services.contracts import (
+    CaptureJob,
+    Chunk,
+    Generation,
+    LastRows,
+    SampleLease,
+    TableSignature,
+    TargetDescription,
+    WireDtype,
+)
 from services.errors import (
     CaptureRequestError,
     DeadlineError,
@@ -87,6 +97,7 @@ class FakeTarget:
         self.fault = fault
         self.asked: list[tuple[int, int]] = []
         self.num_open = 0
+        self.answer = (7, 8, 9)
         self.lock = threading.Lock()
 
     def connect(self) -> CaptureClient:
@@ -111,11 +122,22 @@ class FakeClient:
         )
 
     def capture(
-        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+        self,
+        job: CaptureJob,
+        *,
+        layer_ids: Sequence[int],
+        wire_dtype: WireDtype,
+        chunk_bytes: int,
+        timeout_s: float,
+        on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
         assert (tuple(layer_ids), wire_dtype) == ((0, 2), "bf16")
         with self.target.lock:
             self.target.asked.append((job.capture, job.attempt))
+        if job.generate is not None:
+            assert on_answer is not None
+            on_answer(self.target.answer)
+            job = job.answered(self.target.answer)
         context, last = (tensor.view(torch.uint8).numpy().tobytes() for tensor in features(job))
         rows = chunk_bytes // 16
         pieces = [
@@ -139,11 +161,17 @@ class Setup:
     """A shard with its queue, targets and reader; `running` runs it in a thread."""
 
     def __init__(
-        self, embedded: EmbeddedRedis, client: Client, targets: dict[str, FakeTarget], **config: object
+        self,
+        embedded: EmbeddedRedis,
+        client: Client,
+        targets: dict[str, FakeTarget],
+        answers: Path | None = None,
+        **config: object,
     ) -> None:
         settings = {"capacity": 4 * JOB_BYTES, "chunk": 64, "pulls": 3, "lease_s": WAIT_S, **config}
         self.config = ReplayConfig.model_validate(settings)
         self.targets = targets
+        self.answers = answers
         self.url = embedded.url
         self.work = WorkQueue(client, PREFIX)
         self.table = RedisTable(client, PREFIX)
@@ -155,7 +183,12 @@ class Setup:
 
     def new_shard(self) -> ReplayShard:
         return ReplayShard(
-            self.url, PREFIX, self.config, SIGNATURE, connect_target=lambda address: self.targets[address].connect()
+            self.url,
+            PREFIX,
+            self.config,
+            SIGNATURE,
+            self.answers,
+            connect_target=lambda address: self.targets[address].connect(),
         )
 
     @contextmanager
@@ -659,3 +692,48 @@ def test_real_target_over_grpc_gives_its_own_hidden_states(
     assert not outcomes[1].retry
     assert "65 tokens are more than this target's max_tokens 64" in outcomes[1].reason
     assert table.info().peak_bytes <= 40_000
+
+
+def make_question(capture: int, *, max_new_tokens: int = 6, min_new_tokens: int = 1) -> CaptureJob:
+    generation = Generation(
+        max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stop_token_ids=(), last_rows=LastRows.BETWEEN
+    )
+    return CaptureJob(
+        capture=capture, prompt=capture, epoch=0, input_ids=(1, 2), loss_mask=(0, 0), last_rows=(), generate=generation
+    )
+
+
+def test_answer_is_on_disk_before_its_sample_and_spare_bytes_come_back(
+    embedded: EmbeddedRedis, client: Client, tmp_path: Path
+) -> None:
+    target = FakeTarget()
+    setup = Setup(embedded, client, {"a": target}, answers=tmp_path / "answers.jsonl")
+    seen: list[tuple[int, ...] | None] = []
+    target.fault = lambda job, index: seen.append(AnswerBook(tmp_path / "answers.jsonl").find(job.prompt))
+    with setup.running():
+        setup.work.push(make_question(4))
+        (lease,) = setup.lease()
+        assert setup.outcomes(1) == [(4, 0, "committed")]
+        sample = setup.reader.fetch(lease)
+        resident = setup.table.info().resident_bytes
+        setup.reader.ack([lease], 0)
+    assert seen
+    assert set(seen) == {(7, 8, 9)}
+    assert resident == JOB_BYTES  # two tokens of the prompt and three of the answer; up to eight were reserved
+    assert setup.table.info().peak_bytes == SIGNATURE.reserved_bytes(make_question(4)) > JOB_BYTES
+    assert setup.table.info().resident_bytes == 0
+    assert sample.input_ids.tolist() == [1, 2, 7, 8, 9]
+    assert sample.loss_mask.tolist() == [0, 0, 1, 1, 1]
+    assert sample.last_rows.tolist() == [2, 3]
+
+
+def test_answer_too_short_to_learn_from_is_kept_and_goes_back_to_the_coordinator(
+    embedded: EmbeddedRedis, client: Client, tmp_path: Path
+) -> None:
+    setup = Setup(embedded, client, {"a": FakeTarget()}, answers=tmp_path / "answers.jsonl")
+    with setup.running():
+        setup.work.push(make_question(4, min_new_tokens=4))
+        assert setup.outcomes(1) == [(4, 0, "failed")]
+    assert setup.reasons == ["the target's answer has only 3 tokens"]
+    assert AnswerBook(tmp_path / "answers.jsonl").find(4) == (7, 8, 9)
+    assert setup.table.info().resident_bytes == 0

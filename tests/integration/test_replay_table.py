@@ -339,12 +339,24 @@ def test_incomplete_sample_is_not_committed(table: RedisTable, stored: list[int]
     assert table.info().num_inserting == 1
 
 
-def test_commit_of_other_bytes_than_admitted_is_refused(table: RedisTable) -> None:
+def test_commit_of_more_bytes_than_arrived_is_refused(table: RedisTable) -> None:
     job = make_job(0, tokens=4)
     table.admit(job, 80, 0.0)
     store(table, job)
     with pytest.raises(WireError, match="72 bytes were to be committed, 80 are reserved"):
-        table.commit(make_sample(job), 0.0)
+        table.commit(make_sample(job).model_copy(update={"num_bytes": 80}), 0.0)
+
+
+def test_commit_gives_back_what_was_reserved_for_a_longer_answer(table: RedisTable) -> None:
+    job = make_job(0, tokens=4)
+    table.admit(job, 80, 0.0)
+    store(table, job)
+    assert table.info().resident_bytes == 80
+    table.commit(make_sample(job), 0.0)
+    assert (table.info().resident_bytes, table.info().peak_bytes) == (72, 80)
+    (leased,) = lease(table)
+    table.ack([leased], 0, 1.0)
+    assert table.info().resident_bytes == 0
 
 
 def test_commit_again_changes_nothing(table: RedisTable) -> None:

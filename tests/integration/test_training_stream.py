@@ -160,6 +160,7 @@ def train(
         tail=trainer.tail,
         lookahead_captures=8,
         capture_log=str(output_dir / "captures.jsonl"),
+        answers=str(output_dir / "answers.jsonl"),
         ledger=str(resume / "ledger.jsonl") if resume else None,
         generation=attempt,
     )

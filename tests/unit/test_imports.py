@@ -32,13 +32,13 @@ WITH_TORCH = {
     "services.codec",
     "services.replay.reader",
     "services.target.engine",
+    "services.target.generation",
     "services.target.server",
     "services.target.tap",
     "evaluation.accept",
     "evaluation.decode",
     "evaluation.evaluator",
     "evaluation.lossless",
-    "evaluation.stop_tokens",
     "trainer.collate",
     "trainer.distributed",
     "trainer.evaluations",
@@ -135,7 +135,7 @@ def test_only_trainer_ranks_import_deepspeed() -> None:
 
 
 def test_services_import_transformers_in_the_engine_alone() -> None:
-    assert {name for name in importers("transformers") if name.startswith("services.")} <= {"services.target.engine"}
+    assert {name for name in importers("transformers") if name.startswith("services.")} <= {"services.target.engine", "services.target.generation"}
 
 
 def test_proto_is_left_to_proto_plus() -> None:

@@ -9,6 +9,7 @@ from services.contracts import (
     DTYPE_BYTES,
     CaptureJob,
     Chunk,
+    Generation,
     LastRows,
     Outcome,
     Sample,
@@ -113,3 +114,26 @@ def test_chunk_refuses_a_value_of_the_wrong_kind(field: str, value: object) -> N
 def test_step_lease_without_micro_batches_is_the_end() -> None:
     assert StepLease(step=9, num_micro_batches=0).is_end
     assert not StepLease(step=8, num_micro_batches=1).is_end
+
+
+GENERATION = Generation(max_new_tokens=10, stop_token_ids=(2,), last_rows=LastRows.BETWEEN)
+QUESTION = CaptureJob(
+    capture=3, prompt=7, epoch=1, input_ids=(5, 6), loss_mask=(0, 0), last_rows=(), generate=GENERATION
+)
+
+
+def test_answered_job_is_what_it_would_be_with_a_known_answer():
+    known = CaptureJob(
+        capture=3, prompt=7, epoch=1, input_ids=(5, 6, 8, 9, 2), loss_mask=(0, 0, 1, 1, 1), last_rows=(2, 3)
+    )
+    assert QUESTION.answered([8, 9, 2]) == known
+
+
+def test_reserved_bytes_hold_the_longest_answer():
+    assert SIGNATURE.reserved_bytes(QUESTION) == SIGNATURE.sample_bytes(12, 10)
+    assert SIGNATURE.reserved_bytes(JOB) == SIGNATURE.sample_bytes(3, 1)
+    assert all(
+        SIGNATURE.sample_bytes((job := QUESTION.answered([4] * n)).num_tokens, len(job.last_rows))
+        <= SIGNATURE.reserved_bytes(QUESTION)
+        for n in range(1, 11)
+    )

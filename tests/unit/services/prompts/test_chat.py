@@ -198,3 +198,26 @@ def test_mask_of_spans_counts_tokens_that_begin_within():
 def test_unusable_prompt_error_survives_pickling():
     error = pickle.loads(pickle.dumps(UnusablePromptError("too long", "9 tokens")))
     assert (error.reason, error.detail, str(error)) == ("too long", "9 tokens", "too long: 9 tokens")
+
+
+@pytest.mark.parametrize(
+    ("roles", "kept"),
+    [("ua", 1), ("u", 1), ("uaua", 3), ("uau", 3), ("uu", 1), ("uauu", 3), ("sua", 2), ("uat", 1)],
+)
+def test_question_ends_where_the_target_shall_answer(make_folder, roles, kept):
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    messages = [{"role": names[role], "content": str(number)} for number, role in enumerate(roles)]
+    encoder = ChatEncoder(make_folder(), system_prompt=None, enable_thinking=False)
+    assert encoder.encode_question(messages) == encoder.encode_prompt(messages[:kept])
+
+
+def test_question_has_the_training_systems_prompt(make_folder):
+    encoder = ChatEncoder(make_folder(), system_prompt="Be brief.", enable_thinking=False)
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "u"}
+    assert encoder.encode_question([user]) == encoder.encode_prompt([system, user])
+
+
+def test_conversation_without_a_user_turn_has_no_question(make_folder):
+    encoder = ChatEncoder(make_folder(), system_prompt=None, enable_thinking=False)
+    with pytest.raises(UnusablePromptError, match="no user turn"):
+        encoder.encode_question([{"role": "assistant", "content": "a"}])

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from services.answers import AnswerBook, AnswerWriter
 from services.contracts import LastRows
 from services.errors import PromptError
 from services.prompts.chat import ChatEncoder, UnusablePromptError
 from services.prompts.config import PromptsConfig
-from services.prompts.intake import Intake, first_turns
+from services.prompts.intake import Intake, OwnAnswers, first_turns
 from services.prompts.sources import load_conversations
 
 
@@ -77,3 +78,41 @@ def test_first_turns_are_seeded_cut_and_carry_the_generation_prompt(make_folder,
     assert take(0) == []
     with pytest.raises(PromptError, match="none of the 9 held-out conversations begins with a user turn of at most 5"):
         take(1, max_length=5)
+
+
+def own_answers_setup(make_folder, tmp_path, lines, **settings):
+    _, conversations, encoder, _ = setup(make_folder, tmp_path, lines)
+    config = PromptsConfig(source="unused", system_prompt=None, answers="target", **settings)
+    own = OwnAnswers(AnswerBook(tmp_path / "answers.jsonl"), stop_token_ids=(5,))
+    return Intake(conversations, encoder, config, LastRows.BETWEEN, own), encoder
+
+
+def test_target_answers_a_prompt_until_its_answer_is_known(make_folder, tmp_path):
+    intake, encoder = own_answers_setup(
+        make_folder, tmp_path, [chat("u", "ab")], min_loss_tokens=2, max_length=25, max_new_tokens=100
+    )
+    question = tuple(encoder.encode_prompt([{"role": "user", "content": "u"}]))
+    made = job(intake, 0)
+    assert (made.input_ids, made.loss_mask, made.last_rows) == (question, (0,) * len(question), ())
+    assert made.generate.max_new_tokens == 25 - len(question)
+    assert (made.generate.min_new_tokens, made.generate.stop_token_ids) == (2, (5,))
+    assert job(intake, 0, epoch=3).generate.seed == made.generate.seed  # the same answer whenever it is asked
+
+    AnswerWriter(tmp_path / "answers.jsonl").append(0, (8, 9, 5))
+    assert job(intake, 0) == made.answered([8, 9, 5])
+
+
+def test_answer_too_short_to_learn_from_is_skipped(make_folder, tmp_path):
+    intake, _ = own_answers_setup(make_folder, tmp_path, [chat("u", "ab")], min_loss_tokens=4)
+    AnswerWriter(tmp_path / "answers.jsonl").append(0, (8, 9, 5))
+    with pytest.raises(UnusablePromptError) as caught:
+        job(intake, 0)
+    assert caught.value.reason == "too few loss tokens"
+
+
+def test_prompt_that_leaves_no_room_for_an_answer_is_too_long(make_folder, tmp_path):
+    intake, _ = own_answers_setup(make_folder, tmp_path, [chat("u", "ab")], min_loss_tokens=4, max_length=22)
+    with pytest.raises(UnusablePromptError) as caught:
+        job(intake, 0)
+    assert caught.value.reason == "too long"
+    assert "below prompts.min_loss_tokens 4" in caught.value.detail

@@ -33,6 +33,7 @@ def make(num_prompts: int = 10, *, epochs: int = 1, ledger: Ledger | None = None
         "tail": "pad",
         "lookahead_captures": 100,
         "capture_log": "unused",
+        "answers": "unused",
         "ledger": None,
         "generation": 7,
     } | changes

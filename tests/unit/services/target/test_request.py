@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.contracts import DEFAULT_CHUNK_BYTES, WIRE_VERSION, TargetDescription
+from services.contracts import DEFAULT_CHUNK_BYTES, WIRE_VERSION, LastRows, TargetDescription
 from services.errors import CaptureRequestError
-from services.target.request import CaptureInputs, CaptureRequest, read_request
+from services.target.request import CaptureInputs, CaptureRequest, GenerateInputs, read_request
 from services.wire import target_pb2 as wire
 
 TARGET = TargetDescription(
@@ -67,3 +67,37 @@ def test_read_request_default_chunk() -> None:
 def test_read_request_refuses(changes: dict[str, object], says: str) -> None:
     with pytest.raises(CaptureRequestError, match=says):
         read_request(_message(**changes), TARGET)
+
+
+def _question(**changes: object) -> wire.CaptureRequest:
+    fields: dict[str, object] = {
+        "max_new_tokens": 2,
+        "temperature": 0.5,
+        "seed": 2**63 - 1,
+        "stop_token_ids": [7],
+        "last_rows": wire.AFTER,
+    }
+    return _message(last_rows=[], generate=wire.Generate(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+def test_read_request_takes_the_wish_for_an_answer_over() -> None:
+    inputs = read_request(_question(), TARGET).inputs
+    assert inputs.generate == GenerateInputs(2, 0.5, 2**63 - 1, frozenset({7}), LastRows.AFTER)
+    assert inputs.num_tokens == 5  # three of the prompt, two of the longest answer
+    assert inputs.group != read_request(_message(), TARGET).inputs.group
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 3}, "6 tokens are more than this target's max_tokens 5"),
+        ({"max_new_tokens": 0}, "generate.max_new_tokens is 0"),
+        ({"temperature": -1.0}, "generate.temperature -1.0 must be 0"),
+        ({"temperature": float("nan")}, "generate.temperature nan must be 0"),
+        ({"stop_token_ids": [7, 100]}, "generate.stop_token_ids has 100, outside the vocabulary of 100"),
+        ({"last_rows": 0}, "generate.last_rows 0 is unknown; choose one of BETWEEN, AFTER"),
+    ],
+)
+def test_wish_for_an_answer_that_cannot_be_met_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CaptureRequestError, match=message):
+        read_request(_question(**changes), TARGET)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.contracts import CaptureJob, Chunk
+from services.contracts import CaptureJob, Chunk, Generation, LastRows
 from services.errors import WireError
 from services.target.framing import FramedChunk
 from services.target.stream import StreamCheck
@@ -89,3 +89,41 @@ def test_refuses(stream: list[FramedChunk], says: str) -> None:
         check.accept(framed)
     with pytest.raises(WireError, match=says):
         check.accept(stream[-1])
+
+
+QUESTION = JOB.model_copy(
+    update={
+        "loss_mask": (0, 0, 0),
+        "last_rows": (),
+        "generate": Generation(max_new_tokens=2, stop_token_ids=(), last_rows=LastRows.BETWEEN),
+    }
+)
+
+
+def _answer_check() -> StreamCheck:
+    return StreamCheck(QUESTION, num_layers=2, dtype="fp16", chunk_bytes=1000)
+
+
+def test_rows_wanted_follow_from_the_answer_of_the_first_chunk() -> None:
+    check = _answer_check()
+    check.accept(_chunk("CONTEXT", 0, 5, answer_token_ids=[8, 9]))
+    check.accept(_chunk("LAST", 0, 1, totals=_totals(2, 5, 1, 88)))
+    check.finish()
+
+
+@pytest.mark.parametrize("answer", [[], [1, 2, 3]])
+def test_answer_of_another_length_than_asked_is_refused(answer: list[int]) -> None:
+    with pytest.raises(WireError, match=f"an answer of {len(answer)} tokens came first, one of 1 to 2 was asked for"):
+        _answer_check().accept(_chunk("CONTEXT", 0, 3, answer_token_ids=answer))
+
+
+def test_answer_that_nobody_asked_for_is_refused() -> None:
+    with pytest.raises(WireError, match="an answer of 1 tokens came"):
+        _check().accept(_chunk("CONTEXT", 0, 2, answer_token_ids=[4]))
+
+
+def test_second_answer_is_refused() -> None:
+    check = _answer_check()
+    check.accept(_chunk("CONTEXT", 0, 2, answer_token_ids=[8]))
+    with pytest.raises(WireError, match="an answer of 1 tokens came"):
+        check.accept(_chunk("CONTEXT", 2, 4, answer_token_ids=[8]))

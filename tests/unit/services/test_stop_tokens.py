@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.stop_tokens import find_stop_token_ids
 from services.errors import TargetError
+from services.stop_tokens import find_stop_token_ids
 
 
 def write_generation_config(folder, eos):

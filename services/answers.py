@@ -1,0 +1,82 @@
+"""The target's own answers to a run's prompts: token ids as JSON lines, durable before their features are.
+
+Features can be made again, but only for the tokens they were made of. So an answer is on disk before the sample that
+it belongs to becomes visible, and from then on its prompt is captured with exactly these tokens: in later epochs, after
+a crash, after a resume (specs/streaming.md).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from services.append_log import open_append_log
+from services.contracts import Record
+from services.errors import CheckpointError
+
+
+class Answer(Record):
+    """One line: what the target answered to a prompt."""
+
+    prompt: int
+    """Number of the prompt in the run's plan."""
+    token_ids: tuple[int, ...]
+
+
+class AnswerWriter:
+    """Appends answers; threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or begin one; half a line that a crash left at its end is cut off."""
+        self._file = open_append_log(path)
+        self._lock = threading.Lock()
+
+    def append(self, prompt: int, token_ids: tuple[int, ...]) -> None:
+        """Write an answer and return once it is on the disk."""
+        line = Answer(prompt=prompt, token_ids=token_ids).model_dump_json().encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file. Again: nothing happens."""
+        with self._lock:
+            self._file.close()
+
+
+class AnswerBook:
+    """Reads the answers that a writer, in whatever process, has appended so far; the newest of a prompt counts."""
+
+    def __init__(self, path: Path) -> None:
+        """Attach to a file that need not exist yet."""
+        self._path = path
+        self._offset = 0
+        self._answers: dict[int, tuple[int, ...]] = {}
+
+    def find(self, prompt: int) -> tuple[int, ...] | None:
+        """The answer to a prompt, or None while the target has not given one.
+
+        Raises:
+            CheckpointError: A line is no answer.
+        """
+        self._read_on()
+        return self._answers.get(prompt)
+
+    def _read_on(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):  # its writer is not done with it, or died in it
+                    return
+                self._offset += len(line)
+                try:
+                    answer = Answer.model_validate_json(line)
+                except ValidationError as error:
+                    raise CheckpointError(f"{self._path}: not a line of answers: {line[:80]!r}") from error
+                self._answers[answer.prompt] = answer.token_ids
