@@ -5,6 +5,7 @@ import torch
 from transformers import Qwen3Config
 
 from drafters import FeatureBatch, build_drafter
+from drafters.config import settings_of
 
 HIDDEN, VOCAB, LAYER_IDS = 16, 23, (0, 2, 4)
 
@@ -39,7 +40,7 @@ def make_drafter(target_config):
             "mask_token_id": VOCAB - 1,
             "markov_rank": 5,
         }
-        return build_drafter(target_config, **(defaults | settings))
+        return build_drafter(target_config, **(settings_of(settings.get("algorithm", "dspark"), defaults) | settings))
 
     return make
 

@@ -33,8 +33,8 @@ def edit_tensors(folder, change):
         {"markov_head_type": "gated", "confidence_head_with_markov": False},
         {"markov_head_type": "rnn", "ce_loss_alpha": 0.3, "loss_decay_gamma": 2.5, "permute_context": True},
         {"markov_rank": 0, "confidence_head_with_markov": False},
-        {"algorithm": "dflash", "markov_rank": 0},
-        {"algorithm": "dflash", "markov_rank": 0, "sample_from_anchor": False},
+        {"algorithm": "dflash"},
+        {"algorithm": "dflash", "sample_from_anchor": False},
     ],
 )
 def test_saved_drafter_loads_with_the_same_weights_settings_and_loss(make_drafter, make_batch, tmp_path, settings):

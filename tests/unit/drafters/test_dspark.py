@@ -66,10 +66,7 @@ def test_only_needed_rows_of_the_last_hidden_state_are_read(make_drafter, make_b
 @pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 def test_features_that_are_no_numbers_are_refused_with_their_place(make_drafter, make_batch, algorithm, wrong):
-    drafter, batch = (
-        make_drafter(algorithm=algorithm, **({} if algorithm == "dspark" else {"markov_rank": 0})),
-        make_batch(12, 9),
-    )
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(12, 9)
     for name, token in (("target_hidden_states", 2), ("target_last_hidden_states", 6)):
         features = getattr(batch, name).clone()
         features[1, token, 3] = wrong

@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4Config,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from drafters import build_drafter, copy_target_embeddings, copy_target_layers
 from drafters.target_weights import TargetWeightsError
@@ -107,3 +116,98 @@ def test_warm_start_layers_must_be_one_of_the_targets_for_each_draft_layer(targe
             mask_token_id=3,
             warm_start_layers=layers,
         )
+
+
+SIZES = {
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+GEMMA = Gemma4TextConfig(
+    **SIZES,
+    head_dim=4,
+    global_head_dim=8,
+    hidden_size_per_layer_input=4,
+    vocab_size_per_layer_input=29,
+    layer_types=["sliding_attention", "full_attention"] * 3,
+)
+TARGETS = {
+    "gemma4_text": GEMMA,
+    "gemma4": Gemma4Config(
+        text_config=GEMMA.to_dict(),
+        vision_config={"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                       "head_dim": 8, "intermediate_size": 24, "position_embedding_size": 8, "pooling_kernel_size": 1},
+    ),
+    "llama": LlamaConfig(**SIZES, attention_bias=True),
+    "mistral": MistralConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+}  # fmt: skip
+
+
+def save_target(name, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TARGETS[name])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+def small_drafter(name):
+    return build_drafter(TARGETS[name], num_draft_layers=2, target_layer_ids=(0, 2), mask_token_id=1, markov_rank=2)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_embedding_and_head_of_every_family_are_copied(tmp_path, name):
+    """Gemma's table is copied as it is stored, and scaled when it is read: tokens embed as in the target."""
+    model, drafter = save_target(name, tmp_path), small_drafter(name)
+    copy_target_embeddings(drafter, tmp_path)
+    ids = torch.tensor([[2, 3, 28]])
+    torch.testing.assert_close(drafter.embed_tokens(ids), model.get_input_embeddings()(ids))
+    assert torch.equal(drafter.lm_head.weight, model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4", "llama", "mistral", "qwen2"])
+def test_layers_of_every_family_start_drafters(tmp_path, name):
+    """The vision tower of the multimodal target has layers of the same names and width: they are not what is meant."""
+    model, drafter = save_target(name, tmp_path), small_drafter(name)
+    copy_target_layers(drafter, tmp_path, (1, 5))
+    decoder = model.model.language_model if name == "gemma4" else model.model
+    for own, source in zip(drafter.layers, (decoder.layers[1], decoder.layers[5]), strict=True):
+        for parameter_name, parameter in own.named_parameters():
+            assert torch.equal(parameter, source.get_parameter(parameter_name)), parameter_name
+    assert torch.equal(drafter.hidden_norm.weight, decoder.layers[5].input_layernorm.weight)
+    assert torch.equal(drafter.norm.weight, decoder.norm.weight)
+
+
+def test_sliding_layer_of_gemma_starts_no_drafter(tmp_path):
+    save_target("gemma4_text", tmp_path)
+    with pytest.raises(TargetWeightsError, match=r"target layer 2 is no full-attention layer.*\[1, 3, 5\]"):
+        copy_target_layers(small_drafter("gemma4_text"), tmp_path, (1, 2))
+
+
+def test_layers_with_experts_start_no_drafter(tmp_path):
+    save_target("qwen3_moe", tmp_path)
+    with pytest.raises(TargetWeightsError, match="layers of qwen3_moe are not those of its dense drafter"):
+        copy_target_layers(small_drafter("qwen3_moe"), tmp_path, (1, 2))
+
+
+def test_layers_of_a_target_that_is_not_known_start_no_drafter(tmp_path):
+    """They may have the same tensors and compute something else, as Gemma-2's norms do."""
+    save_target("mistral", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    with pytest.raises(TargetWeightsError, match="layers of gemma2 are not those of its llama drafter"):
+        copy_target_layers(small_drafter("mistral"), tmp_path, (1, 2))
+
+
+def test_head_with_a_bias_is_refused(make_drafter, tmp_path):
+    tensors = {"model.embed_tokens.weight": torch.ones(23, 16), "lm_head.weight": torch.ones(23, 16)}
+    write_target(tmp_path, tensors | {"lm_head.bias": torch.ones(23)}, tie_word_embeddings=False)
+    with pytest.raises(TargetWeightsError, match=r"its head has a bias, lm_head\.bias"):
+        copy_target_embeddings(make_drafter(), tmp_path)
