@@ -33,8 +33,8 @@ class FeatureBatch:
         target_hidden_states: [B, T, L·D] outputs of the captured layers, concatenated in the order of their ids.
         target_last_hidden_states: [B, T, D] after the final norm. Only the rows that `Drafter.needed_rows` marks are
             read; the others may hold anything.
-        loss_lengths: [B] float32, what Eagle3 divides the sum of each row's losses by: T as the reference has it, or
-            each sample's own length, so that it counts the same whatever it is batched with.
+        loss_lengths: [samples] float32, what Eagle3 divides the sum of each sample's losses by: T as the reference has
+            it, or the sample's own length, so that it counts the same whatever it is batched with.
         sample_lengths: Packed: the only row holds samples of these many tokens end to end. None: each row is one.
     """
 
@@ -72,7 +72,7 @@ class FeatureBatch:
             attention_mask: [B, T] 0/1 or bool; None if nothing is padding.
             target_hidden_states: [B, T, L·D] floating point.
             target_last_hidden_states: [B, T, D] floating point.
-            loss_lengths: [B] above 0; None is T for every row.
+            loss_lengths: [samples] above 0; None is T for every row, and packed the sample's own length.
             sample_lengths: Tokens of the samples that a packed row holds end to end; None is one sample a row.
 
         Raises:
@@ -93,10 +93,11 @@ class FeatureBatch:
         for name, tensor in features.items():
             if tensor.dim() != 3 or tuple(tensor.shape[:2]) != shape:
                 raise ValueError(f"{name} is {list(tensor.shape)}, but must be [B, T, …] with [B, T] = {list(shape)}")
+        lengths = (shape[1],) * shape[0] if sample_lengths is None else tuple(sample_lengths)
         if loss_lengths is None:
-            loss_lengths = torch.full(shape[:1], float(shape[1]), device=input_ids.device)
-        if tuple(loss_lengths.shape) != shape[:1]:
-            raise ValueError(f"loss_lengths is {list(loss_lengths.shape)}, but must be [B] = {[shape[0]]}")
+            loss_lengths = torch.tensor(lengths, device=input_ids.device)
+        if tuple(loss_lengths.shape) != (len(lengths),):
+            raise ValueError(f"loss_lengths is {list(loss_lengths.shape)}, but there are {len(lengths)} samples")
         if sample_lengths is not None and (shape[0] != 1 or sum(sample_lengths) != shape[1] or min(sample_lengths) < 1):
             raise ValueError(
                 f"samples of {list(sample_lengths)} tokens do not fill input_ids {list(shape)}: packed, it must be "

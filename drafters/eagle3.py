@@ -3,28 +3,27 @@
 The layer sees the embedding of the newest token beside a hidden state: the target's features at first, then what it put
 out itself. Training unrolls that for as many steps as drafting will take, at all positions at once.
 
-Letters beside those of `drafters.batch`: S steps, W positions that any row of the batch is supervised at, N supervised
-positions of the batch.
+Letters beside those of `drafters.batch`: S steps, N scored positions, W rows that have queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from drafters.attention import KeyValues, Rope
 from drafters.backbone import ContextCache
-from drafters.batch import FeatureBatch
+from drafters.batch import FeatureBatch, Span
 from drafters.config import DrafterConfig
 from drafters.drafter import GREEDY_BELOW, Drafter, Proposal, TrainingOutput
 from drafters.eagle3_attention import attend_steps
 from drafters.eagle3_loss import SoftLosses, StepRows, fused_soft_loss, plain_soft_loss
+from drafters.eagle3_rows import PackedRows, Supervision
 from drafters.families.family import Family
 from drafters.families.layer import DraftLayer
 from drafters.losses import Vocabulary
@@ -32,20 +31,6 @@ from drafters.metrics import MetricSums, Reduce, keep_local
 
 SMALLEST_COUNT = 1e-6
 """Samples that a batch is divided by at least, so that one without any has loss 0."""
-
-
-class Supervision(NamedTuple):
-    """Supervised positions of a batch, in order of row and position.
-
-    Attributes:
-        rows: [N] int64, the batch's row of each.
-        places: [N] int64, its position p: step i scores what position p − i put out against target row p + 1.
-        window: First position and one past the last at which any step's output counts.
-    """
-
-    rows: Tensor
-    places: Tensor
-    window: tuple[int, int]
 
 
 @dataclass
@@ -102,12 +87,15 @@ class Eagle3Drafter(Drafter):
         sample_weights: Tensor | None = None,
         return_logits: bool = False,
         reduce: Reduce | None = None,
-        step_loss_decay: float | None = None,
+        **loss_settings: float,
     ) -> TrainingOutput:
         """Loss and metrics of a batch.
 
-        Step i's loss is Σ over supervised positions of the soft cross-entropy, divided by T in each sample and averaged
-        over samples of all ranks, weighted with how often each counts. T is the batch's padded length.
+        Step i's loss is the sum of a sample's soft cross-entropies divided by its length T, supervised or not, averaged
+        over the samples of all ranks. The reference has one sample a batch, so its T is the sample's own length. With
+        more, `FeatureBatch.loss_lengths` says which T. Rows that share a padded length are divided by that, unless told
+        otherwise; a trainer gives each sample's own length, so that neither padding nor how samples are spread over
+        ranks and micro-batches changes what a sample counts.
 
         Args:
             batch: B rows, on the drafter's device; features of any floating dtype.
@@ -116,26 +104,40 @@ class Eagle3Drafter(Drafter):
             sample_weights: [B] float32, how often each row counts in loss and metrics; default ones.
             return_logits: Give logits of all positions too. Needs [S, B, T, V].
             reduce: Sums a 1-D float32 tensor over ranks; called exactly twice, whatever the batch holds.
-            step_loss_decay: Step i weighs this to the power i, instead of the drafter's own.
+            **loss_settings: ``step_loss_decay``, instead of the drafter's own: step i weighs this to the power i.
+
+        Raises:
+            TypeError: An unknown loss setting.
+            ValueError: Features that the loss needs are NaN or infinite.
         """
+        decay = loss_settings.pop("step_loss_decay", self.settings.step_loss_decay)
+        if loss_settings:
+            raise TypeError(f"Eagle3 has no loss setting {', '.join(loss_settings)}: it has step_loss_decay")
         reduce = reduce or keep_local
         device = batch.input_ids.device
-        decay = self.settings.step_loss_decay if step_loss_decay is None else step_loss_decay
         if sample_weights is None:
-            sample_weights = torch.ones(len(batch.input_ids))
+            sample_weights = torch.ones(len(batch.samples))
         sample_weights = sample_weights.to(device, torch.float32)
+        # Deeper layers need what the first puts out at step 0 everywhere.
+        reach = self.settings.ttt_length - 1 if len(self.layers) == 1 else None
+        supervision = Supervision.of_batch(batch, sample_weights, reach)
+        scored = torch.zeros_like(batch.loss_mask)
+        scored.view(-1)[supervision.tokens + 1] = True
+        batch.check_finite(scored)
         num_samples, num_ranks = reduce(torch.stack([sample_weights.sum(), sample_weights.new_ones(())]))
 
-        supervision = self._supervise(batch, sample_weights)
-        window = (0, batch.input_ids.shape[1]) if return_logits else supervision.window
-        hidden = self._unroll(batch, window)
-        lengths = _lengths(batch)
-        weights = (sample_weights / (lengths * num_samples.clamp_min(SMALLEST_COUNT)))[supervision.rows]
-        steps = [
-            self._step_rows(step, states, supervision, window, weights * decay**step)
-            for step, states in enumerate(hidden)
-        ]
-        target_states = batch.target_last_hidden_states[supervision.rows, supervision.places + 1]
+        if return_logits:
+            supervision = supervision.over_everything(batch)
+        queries = PackedRows.of_spans(batch, supervision.spans)
+        everything = PackedRows.of_spans(batch, [Span(0, span.end) for span in supervision.spans])
+        hidden = self._unroll(batch, everything, queries)
+        weights = (sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT)))[supervision.samples]
+        steps = []
+        for step, outputs in enumerate(hidden):
+            targets = (supervision.places >= step).nonzero().squeeze(1)
+            rows = outputs[0, queries.find(supervision.tokens[targets] - step)]
+            steps.append(StepRows(self.norm(rows), targets, weights[targets] * decay**step))
+        target_states = batch.target_last_hidden_states.flatten(0, 1)[supervision.tokens + 1]
         vocabulary = Vocabulary(self.lm_head.table(), softcap=self.logit_softcap)
         if return_logits or self.settings.loss == "plain":
             loss, terms = plain_soft_loss(steps, target_states, vocabulary)
@@ -143,12 +145,13 @@ class Eagle3Drafter(Drafter):
             loss, terms = fused_soft_loss(steps, target_states, vocabulary)
 
         metrics = MetricSums()
-        _add_metrics(metrics, terms, steps, supervision, sample_weights, lengths, 1 / num_ranks)
+        _add_metrics(metrics, terms, steps, supervision, batch, sample_weights, 1 / num_ranks)
         means = metrics.means(reduce)
         means["loss"] = sum(decay**step * means[f"ploss_{step}"] for step in range(len(steps)))
         draft_logits = None
         if return_logits:
-            draft_logits = torch.stack([self.head_logits(self.norm(states)) for states in hidden])
+            logits = torch.stack([self.head_logits(self.norm(outputs)) for outputs in hidden])
+            draft_logits = logits.view(len(hidden), *batch.input_ids.shape, -1)
         return TrainingOutput(loss, means, draft_logits=draft_logits)
 
     def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> Eagle3DraftState:
@@ -220,54 +223,49 @@ class Eagle3Drafter(Drafter):
     def _draft_layers(self) -> Iterable[DraftLayer]:
         return cast(Iterable[DraftLayer], self.layers)
 
-    def _supervise(self, batch: FeatureBatch, sample_weights: Tensor) -> Supervision:
-        """Positions p that count: p is supervised, and the target's row p + 1, which predicts token p + 2, is there."""
-        counts = batch.loss_mask[:, :-1] & batch.attention_mask[:, 1:] & (sample_weights[:, None] > 0)
-        rows, places = counts.nonzero(as_tuple=True)
-        if not len(places):
-            return Supervision(rows, places, (0, 1))
-        first, last = torch.aminmax(places)
-        # Step i's output for p stands at p − i. Deeper layers need the first one's output of step 0 everywhere.
-        begin = int(first) - self.settings.ttt_length + 1 if len(self.layers) == 1 else 0
-        return Supervision(rows, places, (max(0, begin), int(last) + 1))
+    def _unroll(self, batch: FeatureBatch, everything: PackedRows, queries: PackedRows) -> list[Tensor]:
+        """What the layers put out at each step.
 
-    def _unroll(self, batch: FeatureBatch, window: tuple[int, int]) -> list[Tensor]:
-        """What the layers put out at each step, at the positions of a window: S times [B, W, D].
+        Args:
+            batch: Features and token ids.
+            everything: Rows that have keys at step 0.
+            queries: The last of these in each sample, W in all.
 
-        Keys of step 0 are those of all positions up to the window's end; padding comes after every query.
+        Returns:
+            S times [1, W, D].
         """
-        begin, end = window
-        hidden: Tensor = self.fc(batch.target_hidden_states[:, :end].to(self.fc.weight.dtype))
-        num_steps = self.settings.ttt_length
-        token_ids = functional.pad(batch.input_ids, (0, num_steps))
-        seen: list[list[KeyValues]] = [[] for _ in self.layers]
+        kept = everything.find(queries.tokens)
+        hidden: Tensor = self.fc(batch.target_hidden_states.flatten(0, 1).to(self.fc.weight.dtype))[None]
+        hidden = hidden[:, everything.tokens]
+        seen: list[list[list[KeyValues]]] = [[] for _ in self.layers]
         outputs = []
-        for step in range(num_steps):
-            start = end - hidden.shape[1]
-            embedded = self.embed_tokens(token_ids[:, start + step + 1 : end + step + 1])
-            rope = self._rope(hidden, start + step)
+        for step in range(self.settings.ttt_length):
+            # At step 0 every position has keys, and so enters; what follows is the queries' alone.
+            entering = queries if step else everything
+            embedded = self.embed_tokens(entering.shifted_ids(batch, step + 1))
+            rope = self._rope(hidden, entering.places + step)
             for layer, steps in zip(self._draft_layers, seen, strict=True):
                 rows = _wide_rows(layer, embedded, hidden)
-                steps.append(layer.self_attn.keys_values(rows, rope))
-                hidden, rows = hidden[:, begin - end :], rows[:, begin - end :]
-                queries = layer.self_attn.queries(rows, Rope(*(part[:, begin - end :] for part in rope)))
-                attended = attend_steps(queries, steps[0], steps[1:], layer.self_attn.scaling)
-                hidden = layer.finish(hidden, layer.self_attn.output(attended))
+                steps.append(_by_sample(layer.self_attn.keys_values(rows, rope), entering.lengths))
+                if hidden.shape[1] > len(kept):
+                    rows, hidden, rope = rows[:, kept], hidden[:, kept], Rope(rope.cos[:, kept], rope.sin[:, kept])
+                attended = [
+                    attend_steps(own, first, later, layer.self_attn.scaling)
+                    for own, (first, *later) in zip(
+                        layer.self_attn.queries(rows, rope).split(queries.lengths, dim=2),
+                        zip(*steps, strict=True),
+                        strict=True,
+                    )
+                    if own.shape[2]
+                ]
+                hidden = layer.finish(hidden, layer.self_attn.output(torch.cat(attended, dim=2)))
             outputs.append(hidden)
         return outputs
-
-    def _step_rows(
-        self, step: int, states: Tensor, supervision: Supervision, window: tuple[int, int], weights: Tensor
-    ) -> StepRows:
-        """Rows that a step is scored with: of every supervised position that it can predict from inside the row."""
-        targets = (supervision.places >= step).nonzero().squeeze(1)
-        hidden = states[supervision.rows[targets], supervision.places[targets] - step - window[0]]
-        return StepRows(self.norm(hidden), targets, weights[targets])
 
     def _extend(self, caches: list[ContextCache], token_ids: Tensor, hidden: Tensor, position: int) -> Tensor:
         """Run rows that follow what is cached, from a position on, and cache them: [1, R], [1, R, D] → [1, R, D]."""
         embedded = self.embed_tokens(token_ids.to(self.embed_tokens.weight.device))
-        rope = self._rope(hidden, position)
+        rope = self._rope(hidden, torch.arange(position, position + hidden.shape[1], device=hidden.device))
         for layer, cache in zip(self._draft_layers, caches, strict=True):
             rows = _wide_rows(layer, embedded, hidden)
             cache.append(layer.self_attn.keys_values(rows, rope))
@@ -275,9 +273,9 @@ class Eagle3Drafter(Drafter):
             hidden = layer.finish(hidden, layer.self_attn.output(attended))
         return hidden
 
-    def _rope(self, hidden: Tensor, start: int) -> Rope:
-        """Rotation of rows [B, R, D] at positions from ``start`` on."""
-        return Rope(*self.rotary(hidden, torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]))
+    def _rope(self, like: Tensor, places: Tensor) -> Rope:
+        """Rotation to places [rows]."""
+        return Rope(*self.rotary(like, places[None]))
 
 
 def _wide_rows(layer: DraftLayer, embedded: Tensor, hidden: Tensor) -> Tensor:
@@ -285,9 +283,9 @@ def _wide_rows(layer: DraftLayer, embedded: Tensor, hidden: Tensor) -> Tensor:
     return torch.cat([layer.input_layernorm(embedded), layer.get_submodule("hidden_norm")(hidden)], dim=-1)
 
 
-def _lengths(batch: FeatureBatch) -> Tensor:
-    """What each row's loss is divided by, [B] float32."""
-    return torch.full((len(batch.input_ids),), batch.input_ids.shape[1], dtype=torch.float32, device=batch.input_ids.device)
+def _by_sample(packed: KeyValues, lengths: list[int]) -> list[KeyValues]:
+    """Keys and values of each sample."""
+    return [KeyValues(*pair) for pair in zip(*(rows.split(lengths, dim=2) for rows in packed), strict=True)]
 
 
 def _add_metrics(
@@ -295,8 +293,8 @@ def _add_metrics(
     terms: Sequence[SoftLosses],
     steps: Sequence[StepRows],
     supervision: Supervision,
+    batch: FeatureBatch,
     sample_weights: Tensor,
-    lengths: Tensor,
     rank_share: Tensor,
 ) -> None:
     """Loss, agreement and acceptance of each step, and the tokens of a round that they let one expect.
@@ -306,22 +304,23 @@ def _add_metrics(
         terms: Of each step.
         steps: The rows that these belong to.
         supervision: N supervised positions.
+        batch: B rows.
         sample_weights: [B].
-        lengths: [B] what each sample's loss is divided by.
         rank_share: 1 / number of ranks.
     """
-    rows, places, _ = supervision
-    num_samples, of_sample = sample_weights.sum(), sample_weights[rows]
-    acceptance, agreement = of_sample.new_zeros(2, len(steps), len(lengths), int(lengths.max()))
+    samples, tokens = supervision.samples, supervision.tokens
+    num_samples, of_sample = sample_weights.sum(), sample_weights[samples]
+    acceptance, agreement = of_sample.new_zeros(2, len(steps), batch.input_ids.numel())
     for step, (each, targets) in enumerate(zip(terms, (step.targets for step in steps), strict=True)):
         weights = of_sample[targets]
         count = weights.sum()
-        metrics.add(f"ploss_{step}", (each.cross_entropy * weights / lengths[rows[targets]]).sum(), num_samples)
+        shares = weights / batch.loss_lengths[samples[targets]]
+        metrics.add(f"ploss_{step}", (each.cross_entropy * shares).sum(), num_samples)
         metrics.add(f"accuracy@{step}", (each.agreement * weights).sum(), count)
         metrics.add(f"accept_rate@{step}", (each.acceptance * weights).sum(), count)
         metrics.add(f"valid_tokens@{step}", count, rank_share)
-        acceptance[step, rows[targets], places[targets] - step] = each.acceptance
-        agreement[step, rows[targets], places[targets] - step] = each.agreement
+        acceptance[step, tokens[targets] - step] = each.acceptance
+        agreement[step, tokens[targets] - step] = each.agreement
     for name, kept in (("tau_greedy", agreement), ("tau_probabilistic", acceptance)):
-        expected_length = 1 + kept.cumprod(0).sum(0)[rows, places]
+        expected_length = 1 + kept.cumprod(0).sum(0)[tokens]
         metrics.add(name, (expected_length * of_sample).sum(), of_sample.sum())

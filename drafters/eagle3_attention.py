@@ -2,8 +2,8 @@
 
 At step i the query at position p sees step 0's keys at positions 0…p and, of each step 1…i, only the key at p itself
 (specs: "Training-time test"). `attend_plainly` says just that with one mask over all keys. `attend_steps` computes the
-same as two pieces that share one softmax: causal attention with its log-sum-exp, block of queries by block of queries, and a
-single score for each later step. No [T, T] tensor of scores or probabilities outlives its block, forward or backward.
+same as two pieces that share one softmax: causal attention with its log-sum-exp, block of queries by block of queries,
+and a single score for each later step. No scores or probabilities outlive their block, forward or backward.
 
 Letters: B batch, H query heads, K key heads, G = H / K, T positions of step 0, R ≤ T queries, at the last R of these,
 d head size, C queries of a block, E positions up to its end.
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from drafters.attention import KeyValues
 
 BLOCK_QUERIES = 64
-"""Queries of a block: its scores over 4096 keys are 1 MB a head. Scores of later keys than its last are not computed."""
+"""Queries of a block: its scores over 4096 keys are 1 MB a head. Keys after its last query are left out."""
 
 
 def attend_steps(queries: Tensor, first: KeyValues, later: Sequence[KeyValues], scale: float) -> Tensor:

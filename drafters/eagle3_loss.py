@@ -97,7 +97,9 @@ def fused_soft_loss(
     """
     if vocabulary.head.requires_grad:
         raise ValueError("the fused soft cross-entropy has no gradient for the head: freeze it")
-    loss, terms = _FusedSoftLoss.apply(steps, target_states, vocabulary, torch.is_grad_enabled(), *(s.hidden for s in steps))
+    loss, terms = _FusedSoftLoss.apply(
+        steps, target_states, vocabulary, torch.is_grad_enabled(), *(s.hidden for s in steps)
+    )
     by_step = terms.split([len(step.hidden) for step in steps], dim=1)
     return loss, [SoftLosses(*step_terms) for step_terms in by_step]
 
@@ -107,7 +109,12 @@ class _FusedSoftLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]  # the base takes anything
-        ctx: Any, steps: Sequence[StepRows], target_states: Tensor, vocabulary: Vocabulary, with_gradients: bool, *hidden: Tensor
+        ctx: Any,
+        steps: Sequence[StepRows],
+        target_states: Tensor,
+        vocabulary: Vocabulary,
+        with_gradients: bool,
+        *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
         size = chunk_rows(len(vocabulary.head), vocabulary.head.device)
         gradients = [

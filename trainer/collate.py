@@ -72,6 +72,7 @@ def collate(
     attention_mask = torch.zeros(num_rows, length, dtype=torch.bool)
     context = torch.zeros(num_rows, length, context_width, dtype=dtype)
     last = torch.zeros(num_rows, length, hidden_size, dtype=dtype)
+    loss_lengths = torch.full((num_rows,), float(length))
     for row, sample in enumerate(samples):
         num_tokens = len(sample.input_ids)
         input_ids[row, :num_tokens] = sample.input_ids
@@ -79,9 +80,10 @@ def collate(
         attention_mask[row, :num_tokens] = True
         context[row, :num_tokens] = sample.context
         last[row, sample.last_rows] = sample.last
+        loss_lengths[row] = num_tokens  # a sample counts the same whatever it is padded to
     num_padding = num_rows - len(samples)
     return MicroBatch(
-        features=FeatureBatch.from_tensors(input_ids, loss_mask, attention_mask, context, last),
+        features=FeatureBatch.from_tensors(input_ids, loss_mask, attention_mask, context, last, loss_lengths),
         sample_weights=torch.tensor([1.0] * len(samples) + [0.0] * num_padding),
         anchor_seeds=(*anchor_seeds, *[0] * num_padding),
         leases=tuple(sample.lease for sample in samples),
@@ -117,6 +119,7 @@ def _through_pinned_memory(micro_batch: MicroBatch, device: torch.device, dtype:
                     move(features.attention_mask),
                     move(features.target_hidden_states),
                     move(features.target_last_hidden_states),
+                    move(features.loss_lengths),
                 ),
                 dtype,
             ),

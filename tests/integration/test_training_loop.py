@@ -15,11 +15,23 @@ import pytest
 import torch
 import yaml
 
+from drafters.config import DrafterConfig
+from drafters.registry import find_algorithm
 from services.contracts import CaptureJob, LastRows, Sample, SampleLease, StepLease, StepReport
 from trainer.recipe import Recipe
 
-NUM_LAYERS, HIDDEN, VOCAB = 4, 16, 48
-CONTEXT_LAYERS = (0, 1)
+NUM_LAYERS, HIDDEN, VOCAB = 6, 16, 48
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "dspark": {
+        "num_draft_layers": 1,
+        "block_size": 3,
+        "num_anchors": 4,
+        "target_layer_ids": (0, 1),
+        "mask_token_id": VOCAB - 1,
+        "markov_rank": 4,
+    },
+    "eagle3": {"algorithm": "eagle3", "target_layer_ids": (0, 1, 2, 3, 4), "ttt_length": 3},
+}
 DEADLINE_S = 120.0
 COMPILERS = {"g++", "gcc", "c++", "cc", "cc1plus", "ninja", "nvcc", "ld", "clang"}
 
@@ -44,7 +56,7 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_recipe(target_folder: Path, output_dir: Path, **trainer: Any) -> Recipe:
+def make_recipe(target_folder: Path, output_dir: Path, drafter: str = "dspark", **trainer: Any) -> Recipe:
     settings = {
         "world_size": 1,
         "num_gpus": 0,
@@ -61,14 +73,7 @@ def make_recipe(target_folder: Path, output_dir: Path, **trainer: Any) -> Recipe
             "output_dir": str(output_dir),
             "target": {"model": str(target_folder), "dtype": "float32", "num_gpus": 0},
             "prompts": {"source": "stdlib"},
-            "drafter": {
-                "num_draft_layers": 1,
-                "block_size": 3,
-                "num_anchors": 4,
-                "target_layer_ids": CONTEXT_LAYERS,
-                "mask_token_id": VOCAB - 1,
-                "markov_rank": 4,
-            },
+            "drafter": DRAFTERS[drafter],
             "trainer": settings | trainer,
         }
     )
@@ -106,14 +111,14 @@ class CountingCoordinator:
         return json.dumps({"step": step}) + "\n"
 
 
-def synthetic_sample(capture: int) -> Any:
+def synthetic_sample(capture: int, drafter: DrafterConfig) -> Any:
     """Features and tokens that depend on the capture's number alone."""
     from services.replay.reader import CapturedSample
 
     generator = torch.Generator().manual_seed(capture)
     length = 9 + capture % 4
     loss_mask = torch.tensor([0] * 3 + [1] * (length - 3))
-    rows = LastRows.BETWEEN.select(loss_mask.tolist())
+    rows = LastRows(find_algorithm(drafter.algorithm).last_rows).select(loss_mask.tolist())
     job = CaptureJob(
         capture=capture, prompt=capture, epoch=0, input_ids=(0,) * length, loss_mask=(0,) * length, last_rows=()
     )
@@ -122,10 +127,15 @@ def synthetic_sample(capture: int) -> Any:
         lease=SampleLease(lease_id=str(capture), use=capture, k=0, sample=sample),
         input_ids=torch.randint(0, VOCAB - 1, (length,), generator=generator),
         loss_mask=loss_mask,
-        context=torch.randn(length, len(CONTEXT_LAYERS) * HIDDEN, generator=generator),
+        context=torch.randn(length, context_width(drafter), generator=generator),
         last_rows=torch.tensor(rows),
         last=torch.randn(len(rows), HIDDEN, generator=generator),
     )
+
+
+def context_width(drafter: DrafterConfig) -> int:
+    assert drafter.target_layer_ids is not None
+    return len(drafter.target_layer_ids) * HIDDEN
 
 
 def train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any, results: Any) -> None:
@@ -167,12 +177,12 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any) 
 
     def load(captures: Sequence[int] | None, cancelled: Any) -> Any:
         assert captures is not None
-        samples = [synthetic_sample(capture) for capture in captures]
+        samples = [synthetic_sample(capture, recipe.drafter) for capture in captures]
         micro_batch = collate(
             samples,
             list(captures),
             num_rows=config.micro_batch_size,
-            context_width=len(CONTEXT_LAYERS) * HIDDEN,
+            context_width=context_width(recipe.drafter),
             hidden_size=HIDDEN,
         )
         return micro_batch.to(device, DTYPES[config.precision])
@@ -245,11 +255,20 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "precision"), [(1, 0, "bf16"), (2, 0, "fp32"), (2, 3, "fp32")])
+@pytest.mark.parametrize(
+    ("drafter", "world_size", "zero_stage", "precision"),
+    [
+        ("dspark", 1, 0, "bf16"),
+        ("dspark", 2, 0, "fp32"),
+        ("dspark", 2, 3, "fp32"),
+        ("eagle3", 1, 0, "bf16"),
+        ("eagle3", 2, 3, "fp32"),
+    ],
+)
 def test_resume_is_bit_equal_for_ranks_stages_and_precisions(
-    target_folder: Path, tmp_path: Path, world_size: int, zero_stage: int, precision: str
+    target_folder: Path, tmp_path: Path, drafter: str, world_size: int, zero_stage: int, precision: str
 ) -> None:
-    settings = {"world_size": world_size, "zero_stage": zero_stage, "precision": precision}
+    settings = {"drafter": drafter, "world_size": world_size, "zero_stage": zero_stage, "precision": precision}
     whole = make_recipe(target_folder, tmp_path / "whole", **settings)
     [result, *_] = train_group(whole)
     assert result["steps"] == 6
@@ -266,16 +285,28 @@ def test_resume_is_bit_equal_for_ranks_stages_and_precisions(
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_two_ranks_train_what_one_rank_trains(target_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_two_ranks_train_what_one_rank_trains(target_folder: Path, tmp_path: Path, drafter: str) -> None:
     # One micro-batch of 8 rows, or two ranks with 4 rows each: the same samples, the same global denominators.
-    one = make_recipe(target_folder, tmp_path / "one", micro_batch_size=8)
-    two = make_recipe(target_folder, tmp_path / "two", micro_batch_size=4, world_size=2)
+    one = make_recipe(target_folder, tmp_path / "one", drafter, micro_batch_size=8)
+    two = make_recipe(target_folder, tmp_path / "two", drafter, micro_batch_size=4, world_size=2)
     train_group(one)
     results = train_group(two)
     for step, loss in losses_of(one.output_dir).items():
         assert losses_of(two.output_dir)[step] == pytest.approx(loss, rel=1e-4)
     assert sorted(results[0]["acked"] + results[1]["acked"]) == list(range(48))
     ours, theirs = weights_of(one.output_dir / "step_6"), weights_of(two.output_dir / "step_6")
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_micro_batches_of_eagle3_average_to_one_large_one(target_folder: Path, tmp_path: Path) -> None:
+    """Each sample counts by its own length, whatever it is padded to; DSpark's micro-batches weigh by their slots."""
+    large = make_recipe(target_folder, tmp_path / "large", "eagle3", micro_batch_size=8)
+    small = make_recipe(target_folder, tmp_path / "small", "eagle3", micro_batch_size=2)
+    for recipe in (large, small):
+        train_group(recipe)
+    ours, theirs = weights_of(small.output_dir / "step_6"), weights_of(large.output_dir / "step_6")
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)
 

@@ -18,6 +18,13 @@ def test_ids_become_int64_and_masks_bool():
     assert batch.loss_mask.dtype == batch.attention_mask.dtype == torch.bool
 
 
+def test_losses_are_averaged_over_the_padded_length_unless_said_otherwise():
+    assert FeatureBatch.from_tensors(**GOOD).loss_lengths.tolist() == [3.0, 3.0]
+    assert FeatureBatch.from_tensors(**GOOD, loss_lengths=torch.tensor([2, 3])).loss_lengths.tolist() == [2.0, 3.0]
+    with pytest.raises(ValueError, match=r"loss_lengths is \[3\], but there are 2 samples"):
+        FeatureBatch.from_tensors(**GOOD, loss_lengths=torch.ones(3))
+
+
 def test_nothing_is_padding_without_an_attention_mask():
     assert FeatureBatch.from_tensors(**(GOOD | {"attention_mask": None})).attention_mask.all()
 

@@ -37,6 +37,7 @@ def test_samples_are_padded_to_the_longest() -> None:
     # Rows of the last hidden state return to the places in the sequence that they came from.
     assert features.target_last_hidden_states[:, :, 1].tolist() == [[0, -1, 0, 0], [0, -3, -3, 0]]
     assert features.target_hidden_states.dtype == torch.bfloat16
+    assert features.loss_lengths.tolist() == [2.0, 4.0]
     assert batch.sample_weights.tolist() == [1.0, 1.0]
     assert batch.anchor_seeds == (11, 12)
     assert [lease.use for lease in batch.leases] == [2, 4]

@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from drafters import eagle3_loss
+from drafters.eagle3_loss import StepRows, fused_soft_loss, plain_soft_loss, plain_soft_losses
+from drafters.losses import Vocabulary
+
+VOCAB, HIDDEN = 19, 3
+TARGETS = [range(11), range(2, 11), [0, 3, 4, 9], []]
+"""Target rows of four steps: all, all but the first, some, none."""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of four rows: two whole ones and a rest."""
+    monkeypatch.setattr(eagle3_loss, "chunk_rows", lambda vocab_size, device: 4)
+
+
+def inputs(dtype=torch.float32, softcap=None):
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    steps = [
+        StepRows(
+            draw(len(targets), HIDDEN).to(dtype).requires_grad_(),
+            torch.tensor(list(targets), dtype=torch.long),
+            torch.rand(len(targets), generator=generator),
+        )
+        for targets in TARGETS
+    ]
+    return steps, draw(11, HIDDEN), Vocabulary(draw(VOCAB, HIDDEN).to(dtype), softcap=softcap)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_fused_equals_plain_in_values_and_gradients(dtype, tolerance, softcap):
+    steps, target_states, vocabulary = inputs(dtype, softcap)
+    results = []
+    for compute in (fused_soft_loss, plain_soft_loss):
+        loss, terms = compute(steps, target_states, vocabulary)
+        gradients = torch.autograd.grad(3 * loss, [step.hidden for step in steps])
+        results.append((loss, terms, gradients))
+    (loss, terms, gradients), (plain, plain_terms, plain_gradients) = results
+    assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
+    for ours, theirs in zip(terms, plain_terms, strict=True):
+        for term, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(term, expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(gradients, plain_gradients, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
+
+
+def test_terms_of_known_distributions():
+    draft = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
+    target = torch.log(torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.6, 0.2]]))
+    terms = plain_soft_losses(draft, target)
+    log = torch.log
+    expected = [
+        -(0.25 * log(torch.tensor(0.5)) + 0.75 * log(torch.tensor(0.25))),
+        -(0.4 * log(torch.tensor(0.1)) + 0.6 * log(torch.tensor(0.8))),
+    ]
+    torch.testing.assert_close(terms.cross_entropy, torch.stack(expected))
+    torch.testing.assert_close(terms.acceptance, torch.tensor([0.75, 0.8]))
+    assert terms.agreement.tolist() == [0, 1]
+
+
+def test_nothing_of_the_vocabularys_width_outlives_its_chunk():
+    steps, target_states, vocabulary = inputs()
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == VOCAB:
+                seen.append(out.shape[0])
+            return out
+
+    with Watch():
+        fused_soft_loss(steps, target_states, vocabulary)[0].backward()
+    assert seen
+    assert max(seen) == 4
+
+
+def test_each_row_is_projected_once():
+    steps, target_states, vocabulary = inputs()
+    projected = []
+    linear = torch.nn.functional.linear
+
+    def count(rows, weight):
+        projected.append(len(rows))
+        return linear(rows, weight)
+
+    eagle3_loss.functional.linear, before = count, linear
+    try:
+        fused_soft_loss(steps, target_states, vocabulary)
+    finally:
+        eagle3_loss.functional.linear = before
+    assert sum(projected) == 11 + sum(len(targets) for targets in TARGETS)
+
+
+def test_backward_runs_once():
+    steps, target_states, vocabulary = inputs()
+    loss, _ = fused_soft_loss(steps, target_states, vocabulary)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="ran before"):
+        loss.backward()
+
+
+def test_trainable_head_is_refused():
+    steps, target_states, vocabulary = inputs()
+    vocabulary.head.requires_grad_()
+    with pytest.raises(ValueError, match="freeze it"):
+        fused_soft_loss(steps, target_states, vocabulary)
+
+
+def test_no_gradients_are_formed_without_need():
+    steps, target_states, vocabulary = inputs()
+    with torch.no_grad():
+        loss, _ = fused_soft_loss(steps, target_states, vocabulary)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(plain_soft_loss(steps, target_states, vocabulary)[0].item())
