@@ -6,7 +6,7 @@ one sink keeps the run's history in its output directory, others turn it into ot
 
 | kind | when | fields |
 |---|---|---|
-| `run` | an attempt starts | `run_id`, `name`, `attempt`, `resumed_from_step`, `target`, `algorithm`, `block_size`, `reuse`, `total_steps`, `command` |
+| `run` | an attempt starts | `run_id`, `name`, `attempt`, `resumed_from_step`, `target`, `algorithm`, `block_size`, `reuse`, `total_steps`, `command`, `host`, `pid` |
 | `step` | an optimizer step is done | `step`, `total_steps`, `metrics`, `learning_rate`, `samples`, `tokens`, `tokens_per_s`, `wait_s`, `step_s`, `wait_fraction` |
 | `figures` | about once a second | `phase`, `step`, `tokens_captured`, `tokens_trained`, `capture_tokens_per_s`, `resident_bytes`, `peak_bytes`, `capacity_bytes`, `targets` |
 | `event` | a restart, a skip, a scaling | `event` (its kind), `message` |

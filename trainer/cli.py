@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from trainer.commands import bench
+from trainer.commands.dashboard import dashboard
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
 from trainer.commands.submit import submit
@@ -29,6 +30,7 @@ app.command()(scale)
 app.command()(pause)
 app.command("continue")(continue_)
 app.command()(stop)
+app.command()(dashboard)
 app.add_typer(bench.app, name="bench")
 
 

@@ -45,6 +45,7 @@ from trainer.evaluations import Evaluations
 from trainer.figures import TrainResult
 from trainer.observer import Observer
 from trainer.output import OutputDir, claim_output_dir, replace_text
+from trainer.page import own_dashboard
 from trainer.preparation import Preparation, prepare
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
@@ -64,7 +65,9 @@ STOP_DEADLINE_S = 60.0
 """A run that is asked to stop has this long to finish its step and write a checkpoint."""
 
 
-def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: float) -> Summary:
+def run_job(
+    recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: float, dashboard: bool = False
+) -> Summary:
     """Run a training job, or go on with the one in the recipe's output directory.
 
     Args:
@@ -72,6 +75,7 @@ def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: 
         console: Where progress is shown.
         local_ray: Start a Ray of its own even if a cluster is running.
         started_s: Wall-clock time at which the user's command began, for the figures.
+        dashboard: Serve the run's page, and show where.
 
     Raises:
         SlipstreamError: Something the user can act on: a wrong setting, a part that failed.
@@ -83,6 +87,7 @@ def run_job(recipe: Recipe, console: RunConsole, *, local_ray: bool, started_s: 
     with (
         claim_output_dir(prepared.recipe) as output,
         process_log(output.log_place("driver")),
+        own_dashboard(output.path, console) if dashboard else contextlib.nullcontext(),
         replay_redis(recipe.replay, output) as url,
         ray_cluster(local=local_ray),
         Job(prepared, output, url, console, started_s) as job,
@@ -329,6 +334,8 @@ class Job:
             reuse=recipe.replay.reuse,
             total_steps=trainer.max_steps,
             command=shlex.join(["slipstream", *sys.argv[1:]]),
+            host=socket.gethostname(),
+            pid=os.getpid(),
         )
 
     def _write_end(self, error: BaseException | None) -> None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from trainer.console import RunConsole
     from trainer.recipe import Recipe
 
+NoDashboardOption = Annotated[
+    bool, typer.Option("--no-dashboard", help="Show progress in the terminal only; serve no page.")
+]
+
 
 def demo(
     overrides: OverridesArgument = None,
@@ -26,9 +30,7 @@ def demo(
     ] = None,
     output_dir: Annotated[Path, typer.Option(help=OUTPUT_DIR_HELP)] = Path("slipstream-demo"),
     drafter: Annotated[str | None, typer.Option(help="Which drafter to train: dspark.")] = None,
-    no_dashboard: Annotated[
-        bool, typer.Option("--no-dashboard", help="Show progress in the terminal only (there is no page yet).")
-    ] = False,
+    no_dashboard: NoDashboardOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the main job here and now: a tiny target, a local Ray, an embedded Redis. No GPU, no download.
@@ -43,7 +45,8 @@ def demo(
         "trainer.max_steps": steps,
         "drafter.algorithm": drafter,
     }
-    _run(package_data / "recipe.yaml", overrides or [], options, as_json=as_json, local_ray=True)
+    recipe = package_data / "recipe.yaml"
+    _run(recipe, overrides or [], options, as_json=as_json, local_ray=True, dashboard=not no_dashboard)
 
 
 def run(
@@ -55,6 +58,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print the resolved recipe; start nothing.")
     ] = False,
+    no_dashboard: NoDashboardOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a drafter as RECIPE says, on the running Ray cluster, or on a local Ray if there is none.
@@ -64,7 +68,7 @@ def run(
     Example: slipstream run infra/recipes/dspark_qwen3_4b.yaml prompts.source=my.jsonl target.replicas=2
     """
     options = {"output_dir": str(output_dir) if output_dir else None}
-    _run(recipe, overrides or [], options, as_json=as_json, dry_run=dry_run)
+    _run(recipe, overrides or [], options, as_json=as_json, dry_run=dry_run, dashboard=not no_dashboard)
 
 
 def _run(
@@ -73,6 +77,7 @@ def _run(
     options: dict[str, Any],
     *,
     as_json: bool,
+    dashboard: bool,
     local_ray: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -93,7 +98,7 @@ def _run(
         recipe = adapt_to_ray_job(recipe, console.say)
         _stop_on_sigterm()
         with console:
-            summary = run_job(recipe, console, local_ray=local_ray, started_s=STARTED_S)
+            summary = run_job(recipe, console, local_ray=local_ray, started_s=STARTED_S, dashboard=dashboard)
     except StoppedError as error:
         fail(console, f"{error}; {_how_to_go_on()}", error.exit_code)
     except SlipstreamError as error:

@@ -1,0 +1,157 @@
+"""Serves a dashboard: `python -m services.dashboard.server` for a driver, `serve` for the command line.
+
+A driver holds the other end of standard input: end of file ends the dashboard, however the driver died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import uvicorn
+
+from services.dashboard.access import Access
+from services.dashboard.app import create_app
+from services.dashboard.controls import Controls
+from services.dashboard.feed import Feed
+from services.dashboard.remote import RayControls
+from services.errors import SlipstreamError
+
+PUBLISHED = "dashboard.json"
+"""In the output directory: where the driver's own dashboard is, for this user alone."""
+
+CLOSE_TIMEOUT_S = 2
+"""How long an end waits for pages that take no more bytes."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a dashboard is and what opens it."""
+
+    url: str
+    """With the token in its fragment, which no browser sends anywhere."""
+    token: str
+    pid: int
+
+
+def listen(access: Access, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        SlipstreamError: The port is taken, or the host is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((access.host, port))
+    except OSError as error:
+        listener.close()
+        raise SlipstreamError(
+            f"the dashboard cannot listen on {access.host} port {port}: {error.strerror}; choose another with --port, "
+            "or --port 0 for any free one"
+        ) from error
+    return listener
+
+
+def published(access: Access, listener: socket.socket) -> Published:
+    """What a listening dashboard tells others."""
+    host, port = listener.getsockname()[:2]
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return Published(url=f"http://{name}:{port}/#token={access.token}", token=access.token, pid=os.getpid())
+
+
+def serve(feed: Feed, access: Access, controls: Controls, listener: socket.socket, *, until_eof: bool = False) -> None:
+    """Serve until Ctrl-C or SIGTERM, or until standard input ends."""
+    config = uvicorn.Config(
+        create_app(feed, access, controls),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        server_header=False,
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+
+    async def run() -> None:
+        async with _ending(server, feed) if until_eof else contextlib.nullcontext():
+            await server.serve(sockets=[listener])
+
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and hands the signal on
+        asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def _ending(server: uvicorn.Server, feed: Feed) -> AsyncIterator[None]:
+    """End server and streams when standard input does."""
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def end() -> None:
+        await feed.close()  # every page hears of the end before its connection is closed
+        server.should_exit = True
+
+    def read() -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            loop.remove_reader(sys.stdin)
+            tasks.add(loop.create_task(end()))
+
+    loop.add_reader(sys.stdin, read)
+    yield
+    loop.remove_reader(sys.stdin)
+
+
+def main() -> int:
+    """A driver's dashboard: tells it in one line of JSON where it is, or why it is not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output-dir", required=True, type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    arguments = parser.parse_args()
+    access = Access(arguments.host)
+    try:
+        listener = listen(access, arguments.port)
+    except SlipstreamError as error:
+        _tell({"error": str(error)})
+        return 1
+    listener.listen()
+    place = published(access, listener)
+    file = arguments.output_dir / PUBLISHED
+    _publish(file, place)
+    _tell(asdict(place))
+    try:
+        serve(
+            Feed(arguments.output_dir, follows_driver=True),
+            access,
+            RayControls(arguments.output_dir, stays_attached=True),
+            listener,
+            until_eof=True,
+        )
+    finally:
+        file.unlink(missing_ok=True)
+    return 0
+
+
+def _publish(file: Path, place: Published) -> None:
+    new = file.with_name(f".{file.name}.new")
+    new.unlink(missing_ok=True)
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        json.dump(asdict(place), out)
+    new.replace(file)
+
+
+def _tell(answer: dict[str, str | int]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
