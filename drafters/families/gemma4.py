@@ -70,7 +70,7 @@ class Gemma4DraftLayer(DraftLayer):
 class Gemma4Rotary(Float32Frequencies, Gemma4TextRotaryEmbedding):
     """Rotary embedding of full-attention layers."""
 
-    def forward(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(Cosines, sines), each [B, rows, head size], in the dtype of ``like``."""
         cos, sin = super().forward(like, positions, "full_attention")
         return cos, sin

@@ -24,13 +24,14 @@ class DraftAttention(nn.Module):
         head_dim: Head size.
     """
 
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear | None
-    o_proj: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
-    v_norm: nn.Module
+    # Modules of the transformers class, whose types differ between families; norms may be nothing, v_proj None.
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+    v_norm: Any
     scaling: float
     head_dim: int
 

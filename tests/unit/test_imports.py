@@ -49,7 +49,13 @@ WITH_TORCH = {
     "trainer.saving",
     "trainer.training",
 }
-DRAFTERS_WITHOUT_TORCH = {"drafters", "drafters.config", "drafters.registry"}
+DRAFTERS_WITHOUT_TORCH = {
+    "drafters",
+    "drafters.config",
+    "drafters.families",
+    "drafters.families.dense",
+    "drafters.registry",
+}
 
 # Ranks alone pay for deepspeed.
 WITH_DEEPSPEED = {"trainer.distributed", "trainer.saving"}

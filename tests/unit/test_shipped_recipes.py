@@ -17,49 +17,85 @@ RECIPES = sorted(set((ROOT / "infra" / "recipes").glob("*.yaml")) - {DEMO_OF_A_C
 DEMO_RECIPES = sorted((ROOT / "trainer" / "demo").glob("*.yaml"))
 
 # As the targets' own config.json have them.
+QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960}
+GEMMA4 = {"model_type": "gemma4_unified_text", "vocab_size": 262144, "max_position_embeddings": 262144}
 TARGETS = {
-    "Qwen/Qwen3-4B": {"num_hidden_layers": 36, "hidden_size": 2560},
-    "Qwen/Qwen3-8B": {"num_hidden_layers": 36, "hidden_size": 4096},
-    "Qwen/Qwen3-14B": {"num_hidden_layers": 40, "hidden_size": 5120},
+    "Qwen/Qwen3-4B": {**QWEN3, "num_hidden_layers": 36, "hidden_size": 2560},
+    "Qwen/Qwen3-8B": {**QWEN3, "num_hidden_layers": 36, "hidden_size": 4096},
+    "Qwen/Qwen3-14B": {**QWEN3, "num_hidden_layers": 40, "hidden_size": 5120},
+    "google/gemma-4-12B-it": {**GEMMA4, "num_hidden_layers": 48, "hidden_size": 3840},
+}
+CAPTURED = {
+    "qwen3_4b": ("Qwen/Qwen3-4B", (1, 9, 17, 25, 33)),
+    "qwen3_8b": ("Qwen/Qwen3-8B", (1, 9, 17, 25, 33)),
+    "qwen3_14b": ("Qwen/Qwen3-14B", (1, 10, 19, 28, 37)),
+    "gemma4_12b": ("google/gemma-4-12B-it", (5, 17, 29, 41, 46)),
 }
 RELEASED = {
-    "dspark_qwen3_4b": ("Qwen/Qwen3-4B", (1, 9, 17, 25, 33)),
-    "dspark_qwen3_8b": ("Qwen/Qwen3-8B", (1, 9, 17, 25, 33)),
-    "dspark_qwen3_14b": ("Qwen/Qwen3-14B", (1, 10, 19, 28, 37)),
+    f"{algorithm}_{name}": (algorithm, *captured)
+    for algorithm in ("dspark", "dflash", "eagle3")
+    for name, captured in CAPTURED.items()
+}
+SETTINGS = {
+    "dspark": {
+        "num_draft_layers": 5,
+        "block_size": 7,
+        "num_anchors": 512,
+        "sample_from_anchor": True,
+        "markov_rank": 256,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "loss_decay_gamma": 4.0,
+        "ce_loss_alpha": 0.1,
+        "l1_loss_alpha": 0.9,
+        "confidence_head_alpha": 1.0,
+    },
+    "dflash": {
+        "num_draft_layers": 5,
+        "block_size": 7,
+        "num_anchors": 512,
+        "sample_from_anchor": True,
+        "markov_rank": 0,
+        "enable_confidence_head": False,
+        "loss_decay_gamma": 4.0,
+        "ce_loss_alpha": 1.0,
+        "l1_loss_alpha": 0.0,
+    },
+    "eagle3": {"num_draft_layers": 1, "ttt_length": 7, "step_loss_decay": 0.8, "layout": "reference"},
 }
 
 
 def write_config(folder: Path, model: str) -> None:
     """What of a released target is needed to check a recipe: no weights."""
-    config = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960, **TARGETS[model]}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(TARGETS[model]))
 
 
 def test_every_released_configuration_has_its_recipe() -> None:
+    assert len(RELEASED) == 12
     assert {path.stem for path in RECIPES} == set(RELEASED)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_has_the_released_settings(path: Path) -> None:
     recipe = load_recipe(path)
-    model, layer_ids = RELEASED[path.stem]
+    algorithm, model, layer_ids = RELEASED[path.stem]
     assert recipe.name == path.stem
     assert recipe.output_dir == Path("runs") / path.stem
     assert recipe.target.model == model
     drafter = recipe.drafter
-    assert drafter.algorithm == "dspark"
+    assert drafter.algorithm == algorithm
     assert drafter.target_layer_ids == layer_ids
-    assert (drafter.num_draft_layers, drafter.block_size, drafter.markov_rank, drafter.num_anchors) == (5, 7, 256, 512)
-    assert (drafter.mask_token_id, drafter.markov_head_type) == (151669, "vanilla")
-    assert (drafter.enable_confidence_head, drafter.confidence_head_with_markov) == (True, True)
-    assert (drafter.ce_loss_alpha, drafter.l1_loss_alpha, drafter.confidence_head_alpha) == (0.1, 0.9, 1.0)
-    assert drafter.loss_decay_gamma == 4.0
+    gemma = "gemma" in model
+    assert drafter.mask_token_id == (None if algorithm == "eagle3" else 4 if gemma else 151669)
+    assert {name: getattr(drafter, name) for name in SETTINGS[algorithm]} == SETTINGS[algorithm]
+    seed = 0 if algorithm == "eagle3" else 42
     prompts = recipe.prompts
-    assert (prompts.epochs, prompts.max_length, prompts.min_loss_tokens, prompts.seed) == (10, 4096, 14, 42)
-    assert prompts.system_prompt == "You are a helpful assistant."
+    assert (prompts.epochs, prompts.max_length, prompts.min_loss_tokens, prompts.seed) == (10, 4096, 14, seed)
+    assert prompts.system_prompt == (None if gemma else "You are a helpful assistant.")
     assert prompts.enable_thinking is False
     trainer = recipe.trainer
-    assert (trainer.global_batch_size, trainer.learning_rate, trainer.seed) == (512, 6e-4, 42)
+    assert (trainer.global_batch_size, trainer.learning_rate, trainer.seed) == (512, 6e-4, seed)
     assert (trainer.warmup_fraction, trainer.gradient_clip, trainer.weight_decay) == (0.04, 1.0, 0.0)
     assert trainer.precision == "bf16"
     assert trainer.max_steps is None
