@@ -100,8 +100,8 @@ def test_groups_take_blocks_of_one_sample_and_no_context_beyond_their_last_ancho
     groups = BlockLayout.of_spans(spans, 200, BLOCK, CPU).groups
     assert [(group.first, group.last) for group in groups] == [(0, size), (size, 2 * size), (2 * size, 2 * size + 1)]
     assert [group.span for group in groups] == [(0, size - 1), (0, 2 * size - 1), (100, 103)]
-    assert groups[0].hidden.shape == (size, size - 1)
-    assert groups[2].hidden is None
+    assert (groups[0].bias == 0).sum(2).flatten().tolist() == list(range(size))
+    assert groups[2].bias is None
 
 
 SHAPES = [[(300, 70)], [(130, 40), (700, 40), (5, 2)], [(20, 1)]]
