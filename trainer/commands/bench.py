@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
@@ -31,3 +32,33 @@ def bench_features(overrides: OverridesArgument = None, as_json: JsonOption = Fa
         print(f"features {name}: τ {run['accepted_length_end']:.2f} (95 % interval {low:.2f} – {high:.2f})")
     verdict = "apart" if worth.intervals_apart else "NOT apart"
     print(f"ratio {worth.ratio:.2f}, intervals {verdict}; {worth.as_json()['hardware']}")
+
+
+@app.command("run")
+def bench_run(
+    overrides: OverridesArgument = None,
+    pairs: Annotated[int, typer.Option(min=4, help="Pairs of turns to compare, ten seconds each.")] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """What dashboard and telemetry cost the training: step time with and without them, in turns, in one run."""
+    from evaluation.bench.overhead import measure_overhead
+    from services.errors import SlipstreamError
+    from trainer.console import RunConsole
+
+    console = RunConsole(to_stderr=True)
+    try:
+        overhead = measure_overhead(overrides or [], console.say, num_pairs=pairs)
+    except SlipstreamError as error:
+        fail(console, str(error), error.exit_code)
+    if as_json:
+        print(json.dumps(overhead.as_json()))
+        return
+    low, high = overhead.interval
+    print(f"step time: {overhead.watched_step_s:.4f} s watched, {overhead.unwatched_step_s:.4f} s unwatched")
+    print(
+        f"telemetry in the rank: {overhead.emit_s * 1e6:.0f} µs of processor time a step ({overhead.emit_fraction:.2%})"
+    )
+    print(
+        f"ratio {overhead.ratio:.3f} (95 % interval {low:.3f} – {high:.3f}) over {overhead.num_pairs} pairs of turns, "
+        f"{overhead.num_steps} steps; {overhead.as_json()['hardware']}"
+    )
