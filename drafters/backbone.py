@@ -145,7 +145,7 @@ class BlockBackbone(Drafter):
         total = state.num_context + len(features)
         positions = torch.arange(state.num_context, total)
         if self.settings.permute_context:
-            positions = torch.randint(total, (len(features),), generator=state.generator)
+            positions = _anywhere_before(positions, state.generator)
         rope = self._rope(context, positions[None].to(context.device))
         for layer, cache in zip(self._block_layers, state.caches, strict=True):
             cache.append(layer.self_attn.keys_values(context, rope))
@@ -202,14 +202,19 @@ class BlockBackbone(Drafter):
     def _context_positions(
         self, batch: FeatureBatch, blocks: PackedBlocks, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """RoPE positions of context rows, [N]: their own, or what the control permutes among those of their sample."""
+        """RoPE positions of context rows, [N]: their own, or those of the ``permute_context`` control."""
         if not self.settings.permute_context:
             return blocks.context_positions
         positions = torch.empty(batch.input_ids.numel(), dtype=torch.long)
         for sample, generator in zip(batch.samples, generators, strict=True):
-            num_tokens = int(batch.attention_mask.flatten()[slice(*sample)].sum())
-            positions[sample.start : sample.start + num_tokens] = torch.randperm(num_tokens, generator=generator)
+            own = torch.arange(sample.end - sample.start)
+            positions[slice(*sample)] = _anywhere_before(own, generator)
         return positions[blocks.context_rows]
+
+
+def _anywhere_before(positions: Tensor, generator: torch.Generator) -> Tensor:
+    """A random position up to each row's own: it needs no future, so drafting draws as training does."""
+    return (torch.rand(len(positions), generator=generator) * (positions + 1)).long()
 
 
 def _rows_at(features: Tensor, places: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ class Evaluations:
     settings count for nothing: τ of other prompts, or of other lengths, cannot be compared.
     """
 
-    def __init__(self, recipe: Recipe, log: Path, place: LogPlace | None = None) -> None:
+    def __init__(self, recipe: Recipe, target_folder: str, log: Path, place: LogPlace | None = None) -> None:
         self.is_enabled = recipe.evaluation.max_samples > 0 and recipe.prompts.heldout is not None
         """Whether the recipe asks for evaluation at all."""
         self._config = recipe.evaluation
-        self._model = recipe.target.model
+        self._model = target_folder
         self._log = log
         self._place = place
         self._settings = recipe.evaluation.model_dump(exclude=WHERE) | {"heldout": recipe.prompts.heldout}

@@ -129,7 +129,7 @@ class Job:
         self, prepared: Preparation, output: OutputDir, redis_url: str, console: RunConsole, started_s: float
     ) -> None:
         self._prepared = prepared
-        self._recipe = prepared.recipe
+        self._recipe = prepared.for_actors()
         self._output = output
         self._console = console
         self._started_s = started_s
@@ -139,7 +139,9 @@ class Job:
         self._table = RedisTable(self._redis, table_prefix(output))
         self._registry = TargetRegistry(self._redis, table_prefix(output))
         self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"))
-        self._evaluations = Evaluations(self._recipe, output.evaluations, output.log_place("evaluator"))
+        self._evaluations = Evaluations(
+            prepared.recipe, str(prepared.target_folder), output.evaluations, output.log_place("evaluator")
+        )
         self._board = StatusBoard(self._beginning())
         views: list[Sink] = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
         self._journal = Journal([HistoryFile(output.telemetry), self._board, *views])
@@ -249,11 +251,13 @@ class Job:
     def pause(self) -> int:
         """Grant no further step; returns the last one that is granted. Full buffers make the targets idle."""
         last_step: int = self._ask_coordinator("pause")
+        self._observer.phase("paused")
         return last_step
 
     def continue_(self) -> None:
         """Grant steps again."""
         self._ask_coordinator("go_on")
+        self._observer.phase("training")
 
     def finish(self) -> Summary:
         """Measure the trained drafter and sum up."""

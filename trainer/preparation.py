@@ -10,6 +10,7 @@ from drafters.registry import check_target, find_algorithm
 from services.contracts import LastRows, TableSignature
 from services.errors import RecipeError
 from services.models import ModelShape, find_model, read_shape, text_values
+from services.prompts.sources import STDLIB
 from trainer.recipe import Recipe
 
 
@@ -24,6 +25,17 @@ class Preparation(NamedTuple):
     last_rows: LastRows
     needed_buffer_bytes: int
     """The least capacity that can hold the micro-batches in flight at the longest prompt."""
+
+    def for_actors(self) -> Recipe:
+        """The recipe with absolute paths: actors on a cluster work in folders of their own."""
+        prompts = self.recipe.prompts
+        paths = {"source": _absolute(prompts.source), "heldout": _absolute(prompts.heldout)}
+        return self.recipe.model_copy(
+            update={
+                "target": self.recipe.target.model_copy(update={"model": str(self.target_folder)}),
+                "prompts": prompts.model_copy(update=paths),
+            }
+        )
 
 
 def prepare(recipe: Recipe) -> Preparation:
@@ -72,9 +84,14 @@ def prepare(recipe: Recipe) -> Preparation:
         )
     return Preparation(
         recipe=recipe.model_copy(update={"drafter": drafter}),
-        target_folder=folder,
+        target_folder=folder.resolve(),
         shape=shape,
         signature=signature,
         last_rows=LastRows(find_algorithm(drafter.algorithm).last_rows),
         needed_buffer_bytes=needed,
     )
+
+
+def _absolute(source: str | None) -> str | None:
+    """A prompts file by its absolute path; what names no file stays as it is."""
+    return source if source in (None, STDLIB) else str(Path(source).expanduser().resolve())

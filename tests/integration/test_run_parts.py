@@ -84,7 +84,7 @@ def test_part_that_died_is_named(part_class: type) -> None:
 
 
 def test_failed_evaluator_says_why_and_can_be_asked_again(tmp_path: Path) -> None:
-    evaluations = Evaluations(make_recipe(), tmp_path / "evaluations.jsonl")
+    evaluations = Evaluations(make_recipe(), "target", tmp_path / "evaluations.jsonl")
     for _ in range(2):
         evaluations.request(tmp_path / "step_0", [[]])
         assert not evaluations.is_idle
@@ -100,10 +100,10 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> No
         "label": "step_0", "checkpoint": str(checkpoint), "interval": (1, 2), "accept_rate": (), "cond_accept_rate": (),
         "lossless": None, "first_divergence": None,
     }  # fmt: skip
-    evaluations = Evaluations(make_recipe(), log)
+    evaluations = Evaluations(make_recipe(), "target", log)
     evaluations._reports["step_0"] = Report.model_validate(report)
     evaluations._write()
-    same, other = Evaluations(make_recipe(), log), Evaluations(make_recipe(max_new_tokens=9), log)
+    same, other = Evaluations(make_recipe(), "target", log), Evaluations(make_recipe(max_new_tokens=9), "target", log)
     assert same.report(checkpoint) == Report.model_validate(report)
     assert other.report(checkpoint) is None
     same.request(checkpoint, [[1]])
