@@ -14,6 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from waiting import wait_until
 
+from services.answers import AnswerWriter
 from services.contracts import CaptureJob, Chunk, LastRows, Outcome, Sample, StepLease, StepReport, TableSignature
 from services.errors import (
     CheckpointError,
@@ -72,6 +73,11 @@ def write_prompts(path: Path, count: int, *extra: bytes) -> str:
     return str(path)
 
 
+def answer_of(prompt: int) -> tuple[int, ...]:
+    """What the target answers: prompt 3 too little to learn from."""
+    return (7,) if prompt == 3 else (prompt, 8, 9, 10, 11)
+
+
 @dataclass
 class Run:
     """One run's table, queue and prompts; coordinators come and go."""
@@ -84,11 +90,17 @@ class Run:
     queue: WorkQueue
     source: str
     open: list[Coordinator]
+    num_answered: int = 0
 
-    def start(self, *, ledger: str | None = None, generation: int = 1, **changes: Any) -> Coordinator:
-        prompts = {"source": self.source, "min_loss_tokens": 4, "system_prompt": None} | {
-            key: changes.pop(key) for key in [*changes] if key in PromptsConfig.model_fields
-        }
+    def start(
+        self, *, ledger: str | None = None, generation: int = 1, own_answers: bool = False, **changes: Any
+    ) -> Coordinator:
+        prompts = {
+            "source": self.source,
+            "min_loss_tokens": 4,
+            "system_prompt": None,
+            "answers": "target" if own_answers else "dataset",
+        } | {key: changes.pop(key) for key in [*changes] if key in PromptsConfig.model_fields}
         settings = {
             "reuse": 1,
             "last_rows": LastRows.BETWEEN,
@@ -122,10 +134,20 @@ class Run:
         job = self.queue.take(time.time(), 60)
         if job is None:
             return None
-        num_bytes = SIGNATURE.sample_bytes(job.num_tokens, len(job.last_rows))
-        if self.table.admit(job, num_bytes, time.time()) is Admission.FULL:
+        if self.table.admit(job, SIGNATURE.reserved_bytes(job), time.time()) is Admission.FULL:
             self.queue.give_back(job)
             return None
+        if job.generate is not None:
+            self.num_answered += 1
+            answer = answer_of(job.prompt)
+            AnswerWriter(self.folder / "answers.jsonl").append(job.prompt, answer)
+            if len(answer) < job.generate.min_new_tokens:
+                self.table.abandon(
+                    job, Outcome(capture=job.capture, attempt=job.attempt, kind="failed", retry=True, reason="short")
+                )
+                return None
+            job = job.answered(answer)
+        num_bytes = SIGNATURE.sample_bytes(job.num_tokens, len(job.last_rows))
         sizes = {"context": (job.num_tokens, 8), "last": (len(job.last_rows), 8)}
         chunks = []
         for index, (tensor, (rows, row_bytes)) in enumerate(sizes.items()):
@@ -193,6 +215,25 @@ def lease_of(coordinator: Coordinator, step: int, generation: int = 1) -> StepLe
         except DeadlineError:
             if time.monotonic() > deadline_s:
                 raise
+
+
+def test_later_epochs_and_resumed_runs_use_the_answers_of_the_first(run: Run):
+    coordinator = run.start(epochs=2, own_answers=True)
+    step = 1
+    while not (lease := lease_of(coordinator, step)).is_end:
+        run.train_step(coordinator, lease)
+        step += 1
+    summary = coordinator.finish()
+    assert summary.balanced
+    assert (summary.planned, summary.trained, summary.skipped) == (20, 18, 2)
+    assert coordinator.progress().skipped == {"too few loss tokens": 2}
+    assert run.num_answered <= 14  # ten prompts; some of the second epoch are encoded before the first has ended
+
+    again = run.start(epochs=2, generation=2, own_answers=True)
+    before = run.num_answered
+    run.train_step(again, lease_of(again, 1, 2), generation=2)
+    assert run.num_answered == before
+    assert run.capture_one().generate is None
 
 
 def test_whole_plan_is_trained_and_balances(run: Run):
