@@ -28,8 +28,8 @@ class TrainingOutput:
     Attributes:
         loss: Scalar with gradient. With ``reduce``: this rank's part, and the sum over ranks is the global loss.
         metrics: Global metrics by name.
-        draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``. Eagle3's are
-            [steps, B, T, V], and the rest is None.
+        draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``. Eagle3's
+            are [steps, B, T, V], and the rest is None.
         target_ids: [B, A, γ] labels.
         eval_mask: [B, A, γ] bool; the other tensors count where it is true.
         confidence_pred: [B, A, γ] confidence logits; None without the head.
@@ -82,6 +82,14 @@ class Drafter(nn.Module, ABC):
         self.lm_head = OutputProjection(config.hidden_size, config.vocab_size)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
+
+    @property
+    def target_model_type(self) -> str:
+        """Model type of the text config that it was built for, as far as its own config says."""
+        for name in ("target_text_model_type", "target_model_type"):
+            if recorded := getattr(self.config, name, None):
+                return str(recorded)
+        return str(self.config.model_type)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

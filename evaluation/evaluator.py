@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drafters.checkpoint import load_drafter
 from drafters.drafter import Drafter
+from drafters.registry import find_family
 from evaluation.accept import is_greedy
 from evaluation.config import EvaluationConfig
 from evaluation.decode import SpeculativeOutput, greedy_generate, speculative_generate
@@ -154,6 +155,11 @@ def _load_target(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
 
 def _check_fits(drafter: Drafter, target: PreTrainedModel, checkpoint: str) -> None:
     config = target.config.get_text_config()
+    if find_family(drafter.target_model_type) is not find_family(config.model_type):
+        raise CheckpointError(
+            f"the drafter at {checkpoint} was made for a {drafter.target_model_type} target, this one is a "
+            f"{config.model_type}: drafters serve the family that they were trained with"
+        )
     for name in ("vocab_size", "hidden_size"):
         ours, targets = getattr(drafter.config, name), getattr(config, name)
         if ours != targets:

@@ -196,6 +196,11 @@ def test_evaluator_refuses_drafter_of_another_target(target, tmp_path, changes, 
         make_evaluator().evaluate(str(tmp_path), "stranger")
 
 
+def test_evaluator_refuses_drafter_of_another_family(tmp_path):
+    with pytest.raises(CheckpointError, match="was made for a gemma4_text target, this one is a qwen3"):
+        make_evaluator().evaluate(str(write_checkpoint(CASE.parent / "decode_dspark_gemma4", tmp_path)), "stranger")
+
+
 def test_evaluator_refuses_folder_without_drafter(tmp_path):
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         make_evaluator().evaluate(str(tmp_path), "nothing")

@@ -9,6 +9,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma4Config,
     Gemma4TextConfig,
+    Gemma4UnifiedConfig,
     Gemma4UnifiedTextConfig,
     LlamaConfig,
     MistralConfig,
@@ -60,10 +61,12 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 
+UNIFIED = {name: value for name, value in GEMMA.items() if name != "hidden_size_per_layer_input"}
+
 TARGETS = {
     "gemma4": Gemma4TextConfig(**SIZES, **GEMMA),
-    "gemma4_unified": Gemma4UnifiedTextConfig(
-        **SIZES, **{name: value for name, value in GEMMA.items() if name != "hidden_size_per_layer_input"}
+    "gemma4_unified": Gemma4UnifiedConfig(
+        text_config=Gemma4UnifiedTextConfig(**SIZES, **UNIFIED).to_dict(), tie_word_embeddings=False
     ),
     "gemma4_edge": Gemma4TextConfig(**SIZES, **(GEMMA | EDGE)),
     "gemma4_multimodal": Gemma4Config(

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma4Config,
     Gemma4TextConfig,
+    Gemma4UnifiedConfig,
     Gemma4UnifiedTextConfig,
     LlamaConfig,
     MistralConfig,
@@ -44,7 +45,11 @@ MODELS: dict[str, PretrainedConfig] = {
     "gemma4_text": Gemma4TextConfig(**SIZES, **GEMMA, **PATTERN),
     "gemma4_edge": Gemma4TextConfig(**SIZES, **(GEMMA | EDGE), **PATTERN),
     "gemma4": Gemma4Config(text_config=Gemma4TextConfig(**SIZES, **GEMMA, **PATTERN).to_dict()),
-    "gemma4_unified": Gemma4UnifiedTextConfig(**SIZES, head_dim=8, global_head_dim=12, sliding_window=3, **PATTERN),
+    "gemma4_unified": Gemma4UnifiedConfig(
+        text_config=Gemma4UnifiedTextConfig(
+            **SIZES, head_dim=8, global_head_dim=12, sliding_window=3, **PATTERN
+        ).to_dict()
+    ),
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=3),
     "qwen2": Qwen2Config(**SIZES),
