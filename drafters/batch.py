@@ -127,7 +127,9 @@ class FeatureBatch:
         if not bool((context | last).any()):
             return
         name, rows = ("target_hidden_states", context) if context.any() else ("target_last_hidden_states", last)
-        sample, token = rows.nonzero()[0].tolist()
+        place = int(rows.flatten().nonzero()[0])
+        sample = next(index for index, span in enumerate(self.samples) if place < span.end)
+        token = place - self.samples[sample].start
         raise ValueError(
             f"{name} has NaN or infinite values at {int(rows.sum())} of {rows.numel()} tokens, token {token} of sample "
             f"{sample} first: the target overflows (try target.dtype bfloat16 or float32), or the features were damaged"

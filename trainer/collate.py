@@ -1,6 +1,6 @@
-"""From captured samples to one padded micro-batch.
+"""From captured samples to one packed micro-batch.
 
-Letters: B rows of the micro-batch, T longest sample, L captured layers, D hidden size.
+Letters: B samples of the micro-batch, L captured layers, D hidden size.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class MicroBatch:
     """What one rank trains on in one forward pass.
 
     Attributes:
-        features: B rows; those beyond `leases` are padding.
-        sample_weights: [B] float32: 1 for a sample, 0 for padding.
-        anchor_seeds: B seeds, one a row.
-        leases: Leases of the samples, in the order of the rows.
+        features: B samples, packed in one row.
+        sample_weights: [B] float32: 1, and 0 for the one that stands for none.
+        anchor_seeds: B seeds, one a sample.
+        leases: Leases of the samples, in their order.
         num_tokens: Tokens of all samples, padding not counted.
     """
 
@@ -48,46 +48,49 @@ class MicroBatch:
 
 
 def collate(
-    samples: Sequence[CapturedSample],
-    anchor_seeds: Sequence[int],
-    *,
-    num_rows: int,
-    context_width: int,
-    hidden_size: int,
+    samples: Sequence[CapturedSample], anchor_seeds: Sequence[int], *, context_width: int, hidden_size: int
 ) -> MicroBatch:
-    """Pad samples to one length, and to `num_rows` rows with rows of weight zero.
+    """Pack samples end to end in one row, without padding.
 
     Args:
-        samples: At most `num_rows`; none at all gives a micro-batch that trains nothing.
+        samples: None at all gives a micro-batch of one sample of weight zero, which trains nothing.
         anchor_seeds: One for each sample.
-        num_rows: B, the same for every micro-batch of every rank.
         context_width: L·D.
         hidden_size: D.
     """
-    assert len(samples) == len(anchor_seeds) <= num_rows
-    length = max((len(sample.input_ids) for sample in samples), default=EMPTY_ROW_TOKENS)
-    dtype = samples[0].context.dtype if samples else torch.float32
-    input_ids = torch.zeros(num_rows, length, dtype=torch.long)
-    loss_mask = torch.zeros(num_rows, length, dtype=torch.bool)
-    attention_mask = torch.zeros(num_rows, length, dtype=torch.bool)
-    context = torch.zeros(num_rows, length, context_width, dtype=dtype)
-    last = torch.zeros(num_rows, length, hidden_size, dtype=dtype)
-    loss_lengths = torch.full((num_rows,), float(length))
-    for row, sample in enumerate(samples):
-        num_tokens = len(sample.input_ids)
-        input_ids[row, :num_tokens] = sample.input_ids
-        loss_mask[row, :num_tokens] = sample.loss_mask.bool()
-        attention_mask[row, :num_tokens] = True
-        context[row, :num_tokens] = sample.context
-        last[row, sample.last_rows] = sample.last
-        loss_lengths[row] = num_tokens  # a sample counts the same whatever it is padded to
-    num_padding = num_rows - len(samples)
+    assert len(samples) == len(anchor_seeds)
+    if not samples:
+        return _empty(context_width, hidden_size)
+    lengths = [len(sample.input_ids) for sample in samples]
+    last = torch.zeros(sum(lengths), hidden_size, dtype=samples[0].last.dtype)
+    for piece, sample in zip(last.split(lengths), samples, strict=True):
+        piece[sample.last_rows] = sample.last
     return MicroBatch(
-        features=FeatureBatch.from_tensors(input_ids, loss_mask, attention_mask, context, last, loss_lengths),
-        sample_weights=torch.tensor([1.0] * len(samples) + [0.0] * num_padding),
-        anchor_seeds=(*anchor_seeds, *[0] * num_padding),
+        features=FeatureBatch.from_tensors(
+            torch.cat([sample.input_ids for sample in samples])[None],
+            torch.cat([sample.loss_mask for sample in samples])[None],
+            None,
+            torch.cat([sample.context for sample in samples])[None],
+            last[None],
+            sample_lengths=lengths,
+        ),
+        sample_weights=torch.ones(len(samples)),
+        anchor_seeds=tuple(anchor_seeds),
         leases=tuple(sample.lease for sample in samples),
-        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        num_tokens=sum(lengths),
+    )
+
+
+def _empty(context_width: int, hidden_size: int) -> MicroBatch:
+    """What a rank trains on when the plan ended on another: its collectives must run all the same."""
+    ids = torch.zeros(1, EMPTY_ROW_TOKENS, dtype=torch.long)
+    context, last = (torch.zeros(*ids.shape, width) for width in (context_width, hidden_size))
+    return MicroBatch(
+        features=FeatureBatch.from_tensors(ids, torch.zeros_like(ids), None, context, last),
+        sample_weights=torch.zeros(1),
+        anchor_seeds=(0,),
+        leases=(),
+        num_tokens=0,
     )
 
 
@@ -120,6 +123,7 @@ def _through_pinned_memory(micro_batch: MicroBatch, device: torch.device, dtype:
                     move(features.target_hidden_states),
                     move(features.target_last_hidden_states),
                     move(features.loss_lengths),
+                    features.sample_lengths,
                 ),
                 dtype,
             ),

@@ -1,4 +1,4 @@
-"""How a rank gets a micro-batch: lease samples, read them, pad them, bring them to its device."""
+"""How a rank gets a micro-batch: lease samples, read them, pack them, bring them to its device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MicroBatchLoader:
         self._dtype = dtype
 
     def load(self, captures: Sequence[int] | None, cancelled: threading.Event) -> MicroBatch:
-        """Wait for samples and make a micro-batch of them; what is missing at the end of the plan is padded.
+        """Wait for samples and make a micro-batch of them: fewer than usual, or none, at the end of the plan.
 
         Args:
             captures: Take exactly these (deterministic mode); None takes whatever is ready.
@@ -63,7 +63,6 @@ class MicroBatchLoader:
         micro_batch = collate(
             samples,
             [self._seed(sample.lease) for sample in samples],
-            num_rows=self._config.micro_batch_size,
             context_width=len(self._signature.layer_ids) * self._signature.hidden_size,
             hidden_size=self._signature.hidden_size,
         )

@@ -181,7 +181,6 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, ports: Any) 
         micro_batch = collate(
             samples,
             list(captures),
-            num_rows=config.micro_batch_size,
             context_width=context_width(recipe.drafter),
             hidden_size=HIDDEN,
         )

@@ -157,6 +157,58 @@ def test_two_ranks_sum_to_the_whole_batch(make_drafter, make_batch, lengths):
     assert out.metrics == pytest.approx(whole.metrics, rel=1e-5)
 
 
+def packed(batch, lengths):
+    """The rows of a padded batch, end to end."""
+    rows = range(len(lengths))
+    ids, loss_mask, context, last = (
+        torch.cat([tensor[row, : lengths[row]] for row in rows])[None]
+        for tensor in (
+            batch.input_ids,
+            batch.loss_mask,
+            batch.target_hidden_states,
+            batch.target_last_hidden_states,
+        )
+    )
+    return FeatureBatch.from_tensors(ids, loss_mask, None, context, last, sample_lengths=lengths)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_samples_train_like_padded_ones_and_like_each_alone(make_drafter, make_batch, kind):
+    lengths, weights = (20, 14, 6, 17), torch.tensor([1.0, 2.0, 1.0, 1.0])
+    drafter, batch = make_drafter(markov_head_type=kind), make_batch(*lengths)
+    together = packed(batch, lengths)
+    assert together.input_ids.shape == (1, sum(lengths))
+    padded, padded_gradients = train(drafter, batch, anchor_seeds=SEEDS, sample_weights=weights)
+    out, out_gradients = train(drafter, together, anchor_seeds=SEEDS, sample_weights=weights)
+    torch.testing.assert_close(out.loss, padded.loss)
+    assert_same_gradients(out_gradients, padded_gradients)
+    depends_on_padding = {"valid_anchors_ratio"}
+    assert {name: out.metrics[name] for name in out.metrics.keys() - depends_on_padding} == pytest.approx(
+        {name: padded.metrics[name] for name in padded.metrics.keys() - depends_on_padding}, rel=1e-5
+    )
+
+    logits = drafter.training_forward(together, anchor_seeds=SEEDS, return_logits=True)
+    for row in range(len(lengths)):
+        alone = drafter.training_forward(
+            packed(rows_of(batch, [row]), lengths[row : row + 1]), anchor_seeds=SEEDS[row : row + 1], return_logits=True
+        )
+        num_anchors = alone.eval_mask.shape[1]
+        counted = alone.eval_mask[0]
+        assert torch.equal(logits.eval_mask[row, :num_anchors], counted)
+        torch.testing.assert_close(
+            logits.draft_logits[row, :num_anchors][counted], alone.draft_logits[0][counted], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_anchors_of_packed_samples_never_reach_into_the_next(make_drafter, make_batch):
+    drafter, lengths = make_drafter(num_anchors=100), (9, 8)
+    batch = packed(make_batch(*lengths, prompt=0), lengths)
+    out = drafter.training_forward(batch, anchor_seeds=SEEDS[:2], return_logits=True)
+    assert out.eval_mask.shape[:2] == (2, 8)
+    assert out.eval_mask[0, -1].tolist() == [True, False, False, False]
+    assert out.metrics["valid_anchors_ratio"] == pytest.approx((8 + 7) / 17)
+
+
 def test_sample_of_weight_zero_changes_nothing(make_drafter, make_batch):
     drafter, batch = make_drafter(), make_batch(20, 20)
     alone, alone_gradients = train(drafter, rows_of(batch, slice(0, 1)), anchor_seeds=SEEDS[:1])

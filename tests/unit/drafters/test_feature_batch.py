@@ -42,3 +42,18 @@ def test_nothing_is_padding_without_an_attention_mask():
 def test_tensor_of_another_shape_is_refused_by_name(name, tensor, message):
     with pytest.raises(ValueError, match=message):
         FeatureBatch.from_tensors(**(GOOD | {name: tensor}))
+
+
+@pytest.mark.parametrize(("rows", "lengths"), [(1, (3, 1)), (1, (5, 0)), (2, (5, 5))])
+def test_packed_samples_must_fill_the_only_row(rows, lengths):
+    ids, features = torch.ones(rows, 5), torch.zeros(rows, 5, 2)
+    with pytest.raises(ValueError, match="do not fill input_ids"):
+        FeatureBatch.from_tensors(ids, ids, None, features, features, sample_lengths=lengths)
+
+
+def test_samples_are_rows_or_packed_pieces():
+    ids, features = torch.ones(2, 3), torch.zeros(2, 3, 2)
+    assert FeatureBatch.from_tensors(ids, ids, None, features, features).samples == ((0, 3), (3, 6))
+    ids, features = torch.ones(1, 5), torch.zeros(1, 5, 2)
+    batch = FeatureBatch.from_tensors(ids, ids, None, features, features, sample_lengths=(2, 3))
+    assert batch.samples == batch.to("cpu").samples == ((0, 2), (2, 5))

@@ -21,49 +21,33 @@ def make_sample(length: int, last_rows: list[int], fill: float) -> CapturedSampl
     )
 
 
-def test_samples_are_padded_to_the_longest() -> None:
-    batch = collate(
-        [make_sample(2, [1], 1.0), make_sample(4, [1, 2], 3.0)],
-        [11, 12],
-        num_rows=2,
-        context_width=WIDTH,
-        hidden_size=HIDDEN,
-    )
+def test_packed_samples_stand_end_to_end_without_padding() -> None:
+    samples = [make_sample(2, [1], 1.0), make_sample(4, [1, 2], 3.0)]
+    batch = collate(samples, [11, 12], context_width=WIDTH, hidden_size=HIDDEN)
     features = batch.features
-    assert features.input_ids.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
-    assert features.loss_mask.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 1]]
-    assert features.attention_mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert features.target_hidden_states[:, :, 0].tolist() == [[1, 1, 0, 0], [3, 3, 3, 3]]
-    # Rows of the last hidden state return to the places in the sequence that they came from.
-    assert features.target_last_hidden_states[:, :, 1].tolist() == [[0, -1, 0, 0], [0, -3, -3, 0]]
+    assert features.sample_lengths == (2, 4)
+    assert features.input_ids.tolist() == [[1, 2, 1, 2, 3, 4]]
+    assert features.loss_mask.int().tolist() == [[0, 1, 0, 1, 1, 1]]
+    assert features.attention_mask.all()
+    assert features.target_hidden_states[0, :, 0].tolist() == [1, 1, 3, 3, 3, 3]
+    assert features.target_last_hidden_states[0, :, 1].tolist() == [0, -1, 0, -3, -3, 0]
     assert features.target_hidden_states.dtype == torch.bfloat16
-    assert features.loss_lengths.tolist() == [2.0, 4.0]
     assert batch.sample_weights.tolist() == [1.0, 1.0]
     assert batch.anchor_seeds == (11, 12)
     assert [lease.use for lease in batch.leases] == [2, 4]
     assert batch.num_tokens == 6
+    assert batch.to(torch.device("cpu"), torch.float32).features.sample_lengths == (2, 4)
 
 
-def test_short_micro_batch_gets_rows_of_weight_zero() -> None:
-    batch = collate([make_sample(3, [1], 1.0)], [5], num_rows=3, context_width=WIDTH, hidden_size=HIDDEN)
-    assert batch.features.input_ids.shape == (3, 3)
-    assert not batch.features.loss_mask[1:].any()
-    assert batch.sample_weights.tolist() == [1.0, 0.0, 0.0]
-    assert batch.anchor_seeds == (5, 0, 0)
-    assert len(batch.leases) == 1
-    assert batch.num_tokens == 3
-
-
-def test_empty_micro_batch_has_only_rows_of_weight_zero() -> None:
-    batch = collate([], [], num_rows=2, context_width=WIDTH, hidden_size=HIDDEN)
-    assert batch.features.target_hidden_states.shape == (2, 2, WIDTH)
-    assert batch.sample_weights.tolist() == [0.0, 0.0]
-    assert batch.leases == ()
+def test_an_empty_micro_batch_has_one_sample_of_weight_zero() -> None:
+    batch = collate([], [], context_width=WIDTH, hidden_size=HIDDEN)
+    assert len(batch.features.samples) == len(batch.anchor_seeds) == 1
+    assert batch.sample_weights.tolist() == [0.0]
     assert batch.num_tokens == 0
 
 
 def test_features_come_to_the_drafters_dtype_on_the_device() -> None:
-    batch = collate([make_sample(3, [1], 1.5)], [5], num_rows=1, context_width=WIDTH, hidden_size=HIDDEN)
+    batch = collate([make_sample(3, [1], 1.5)], [5], context_width=WIDTH, hidden_size=HIDDEN)
     moved = batch.to(torch.device("cpu"), torch.float32)
     assert moved.features.target_hidden_states.dtype == torch.float32
     assert moved.features.target_last_hidden_states.dtype == torch.float32
