@@ -66,13 +66,14 @@ def find_bottleneck(load: Load) -> Verdict:
         return Verdict("capture", "No target serves, so nothing is captured.", load.missing)
     if wait is None:
         return Verdict(None, "The buffer is being filled; the trainer has not finished a step yet.")
-    waits = f"The trainer waits {wait:.0%} of its time"
+    waits = f"The trainer waits {_percent(wait)} of its time"
     if wait < WAITS:
         return _train(load, "The trainer is always busy" if wait < 0.005 else waits)
     if load.fill > LOW_FILL:
         return Verdict(
             "stream",
-            f"{waits} although the buffer is {load.fill:.0%} full: the way from buffer to trainer is the bottleneck.",
+            f"{waits} although the buffer is {_percent(load.fill)} full: the way from there to the trainer is the "
+            "bottleneck.",
             "Features are there and do not arrive in time: put the replay buffer's Redis beside the trainer, or give "
             "the trainer's machine more cores for fetching and decoding.",
         )
@@ -95,7 +96,9 @@ def find_bottleneck(load: Load) -> Verdict:
 def _train(load: Load, waits: str) -> Verdict:
     if load.fill < HIGH_FILL:
         return Verdict("train", f"{waits} and capture keeps up: training sets the pace, as it should.")
-    text = f"{waits} and the buffer is {load.fill:.0%} full: training is the bottleneck, the targets wait for room."
+    text = (
+        f"{waits} and the buffer is {_percent(load.fill)} full: training is the bottleneck, the targets wait for room."
+    )
     if load.num_targets > 1:
         return Verdict(
             "train",
@@ -107,4 +110,8 @@ def _train(load: Load, waits: str) -> Verdict:
 
 
 def _nearly_empty(fill: float) -> str:
-    return "empty" if fill < 0.005 else f"{'nearly empty' if fill < 0.1 else 'low'} ({fill:.0%})"
+    return "empty" if fill < 0.005 else f"{'nearly empty' if fill < 0.1 else 'low'} ({_percent(fill)})"
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f} %"

@@ -238,7 +238,7 @@ class History:
         del self.events[:-MOST_EVENTS]
 
     def _elapsed_s(self, time_s: float) -> float:
-        return max(0.0, time_s - (self._clock_zero_s or time_s))
+        return max(0.0, time_s - self._clock_zero_s) if self._clock_zero_s is not None else 0.0
 
     def _step_time_s(self, step: int) -> float:
         """When a step was done: that is what an evaluation of its checkpoint belongs to."""

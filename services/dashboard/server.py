@@ -43,7 +43,7 @@ class Published:
 
 
 def listen(access: Access, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """A listening socket, which can be connected to from now on; port 0 takes a free one.
 
     Raises:
         SlipstreamError: The port is taken, or the host is none of this machine's.
@@ -53,6 +53,7 @@ def listen(access: Access, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((access.host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise SlipstreamError(
@@ -69,8 +70,8 @@ def published(access: Access, listener: socket.socket) -> Published:
     return Published(url=f"http://{name}:{port}/#token={access.token}", token=access.token, pid=os.getpid())
 
 
-def serve(feed: Feed, access: Access, controls: Controls, listener: socket.socket, *, until_eof: bool = False) -> None:
-    """Serve until Ctrl-C or SIGTERM, or until standard input ends."""
+def make_server(feed: Feed, access: Access, controls: Controls) -> uvicorn.Server:
+    """The web server of one dashboard, not yet serving."""
     config = uvicorn.Config(
         create_app(feed, access, controls),
         log_level="warning",
@@ -79,7 +80,12 @@ def serve(feed: Feed, access: Access, controls: Controls, listener: socket.socke
         server_header=False,
         ws="none",
     )
-    server = uvicorn.Server(config)
+    return uvicorn.Server(config)
+
+
+def serve(feed: Feed, access: Access, controls: Controls, listener: socket.socket, *, until_eof: bool = False) -> None:
+    """Serve until Ctrl-C or SIGTERM, or until standard input ends."""
+    server = make_server(feed, access, controls)
 
     async def run() -> None:
         async with _ending(server, feed) if until_eof else contextlib.nullcontext():
@@ -122,7 +128,6 @@ def main() -> int:
     except SlipstreamError as error:
         _tell({"error": str(error)})
         return 1
-    listener.listen()
     place = published(access, listener)
     file = arguments.output_dir / PUBLISHED
     _publish(file, place)

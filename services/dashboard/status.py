@@ -35,6 +35,7 @@ def run_status(history: History, now_s: float, *, name: str, silent_after_s: flo
         "target": run.get("target", ""),
         "algorithm": run.get("algorithm", ""),
         "block_size": run.get("block_size"),
+        "reuse": run.get("reuse", 1),
         "command": run.get("command", ""),
         "step": history.num_steps,
         "total_steps": history.total_steps,
@@ -77,7 +78,11 @@ def _explanation(state: State, history: History, now_s: float, *, is_certain: bo
     again = f"Run the same command again to go on from the last checkpoint: {command}" if command else ""
     if state == "silent":
         age = duration(now_s - (history.last_time_s or now_s))
-        said = f"The run ended {age} ago" if is_certain else f"Nothing has been heard of the run for {age}"
+        said = (
+            f"The run ended {age} ago without saying so"
+            if is_certain
+            else f"Nothing has been heard of the run for {age}"
+        )
         return f"{said}: its driver was killed, or the machine went down. {again}".rstrip()
     if state == "failed":
         return f"The run failed: {(history.end or {})['message']}. {again}".rstrip()
@@ -91,7 +96,8 @@ def _explanation(state: State, history: History, now_s: float, *, is_certain: bo
         return "The run ends after its step, with a checkpoint."
     if state == "empty":
         return "Nothing has been recorded yet."
-    return str((history.figures or {}).get("phase", ""))
+    phase = str((history.figures or {}).get("phase", ""))
+    return f"{phase[:1].upper()}{phase[1:]}."
 
 
 def duration(seconds: float) -> str:

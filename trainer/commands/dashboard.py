@@ -52,7 +52,6 @@ def dashboard(
         listener = listen(access, port)
     except SlipstreamError as error:
         fail(console, str(error), error.exit_code)
-    listener.listen()
     place = published(access, listener)
     if as_json:
         print(json.dumps(asdict(place) | {"output_dir": str(output_dir)}), flush=True)

@@ -169,10 +169,10 @@ function showNumbers(status) {
   if (first && last) {
     by("n-tau").append(Object.assign(document.createElement("small"), { textContent: `${first.accepted_length.toFixed(2)} → ` }),
       last.accepted_length.toFixed(2));
-    text("n-tau-note", `×${(last.accepted_length / first.accepted_length).toFixed(2)}, 95 % within ${interval(last)}`);
+    text("n-tau-note", `×${(last.accepted_length / first.accepted_length).toFixed(2)} · 95 %: ${interval(last)}`);
   } else if (first) {
     by("n-tau").append(first.accepted_length.toFixed(2));
-    text("n-tau-note", `before training, 95 % within ${interval(first)}`);
+    text("n-tau-note", `before · 95 %: ${interval(first)}`);
   } else by("n-tau").append("–");
   text("n-loss", orDash(status.loss, (value) => value.toFixed(3)));
   text("n-loss-note", status.learning_rate === null ? "" : `learning rate ${scientific(status.learning_rate)}`);
@@ -258,10 +258,11 @@ function showEvents(status) {
 function showAbout(status) {
   const peak = status.peak_bytes ? `${bytes(status.peak_bytes)} of ${bytes(status.capacity_bytes)}` : null;
   const facts = {
-    Target: status.target.split("/").slice(-2).join("/"), Drafter: [status.algorithm, status.block_size && `${status.block_size} tokens a block`].filter(Boolean).join(", "),
+    Target: status.target.split("/").slice(-2).join("/"),
+    Drafter: [status.algorithm, status.block_size && `${status.block_size} tokens a block`].filter(Boolean).join(", "),
     Captured: status.tokens_captured === null ? null : `${whole(status.tokens_captured)} tokens`,
     Trained: status.tokens_trained === null ? null : `${whole(status.tokens_trained)} tokens`,
-    "Buffer’s peak": peak, Attempt: status.attempt > 1 ? String(status.attempt) : null, Folder: status.output_dir,
+    Reuse: status.reuse > 1 ? `each capture trains ${status.reuse} times` : null, "Buffer’s peak": peak, Attempt: status.attempt > 1 ? String(status.attempt) : null, Folder: status.output_dir,
   };
   const key = JSON.stringify(facts);
   if (key === page.aboutKey) return;
