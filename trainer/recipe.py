@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeGuard
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from drafters.config import DrafterConfig
+from drafters.config import DrafterConfig, settings_of
 from evaluation.config import EvaluationConfig
 from services.errors import RecipeError
 from services.placement import PlacementConfig
@@ -132,6 +132,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = (), options: Mapping[str,
     Relative paths are relative to the working directory; in the file, `target.model`, `prompts.source` and
     `prompts.heldout` that begin with `./` are relative to the recipe's folder.
 
+    Whoever changes `drafter.algorithm` keeps those of the file's drafter settings that the other algorithm has, too.
+
     Args:
         path: The YAML file.
         overrides: Texts whose values are read as YAML.
@@ -142,10 +144,10 @@ def load_recipe(path: Path, overrides: Iterable[str] = (), options: Mapping[str,
             does not fit.
     """
     tree = _read(path)
-    for key, value in (options or {}).items():
+    changes = [*(options or {}).items(), *map(_parse, overrides)]
+    _change_algorithm(tree, dict(changes).get("drafter.algorithm"))
+    for key, value in changes:
         _set(tree, key, value)
-    for override in overrides:
-        _set(tree, *_parse(override))
     return build_recipe(tree, str(path))
 
 
@@ -195,6 +197,13 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(values, dict) and isinstance(value := values.get(key), str) and value.startswith("./"):
             values[key] = str(path.parent.resolve() / value)
     return tree
+
+
+def _change_algorithm(tree: dict[str, Any], algorithm: Any) -> None:
+    """Make the file's drafter section one of another algorithm."""
+    section = tree.get("drafter", {})
+    if isinstance(algorithm, str) and isinstance(section, dict) and algorithm != section.get("algorithm", "dspark"):
+        tree["drafter"] = settings_of(algorithm, section)
 
 
 def _parse(override: str) -> tuple[str, Any]:

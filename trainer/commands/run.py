@@ -29,7 +29,7 @@ def demo(
         int | None, typer.Option(min=1, help="Optimizer steps; the recipe's own number by default.")
     ] = None,
     output_dir: Annotated[Path, typer.Option(help=OUTPUT_DIR_HELP)] = Path("slipstream-demo"),
-    drafter: Annotated[str | None, typer.Option(help="Which drafter to train: dspark.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Which drafter to train: dspark, dflash or eagle3.")] = None,
     no_dashboard: NoDashboardOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -45,7 +45,8 @@ def demo(
         "trainer.max_steps": steps,
         "drafter.algorithm": drafter,
     }
-    recipe = package_data / "recipe.yaml"
+    own = package_data / f"{drafter}.yaml"  # a drafter that learns with other settings than the first has its own recipe
+    recipe = own if own.is_file() else package_data / "recipe.yaml"
     _run(recipe, overrides or [], options, as_json=as_json, local_ray=True, dashboard=not no_dashboard)
 
 

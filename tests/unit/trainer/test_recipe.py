@@ -271,3 +271,19 @@ def test_known_keys_are_sections_and_their_settings() -> None:
     assert {"name", "target", "target.model", "trainer.learning_rate", "evaluation.seed"} <= set(keys)
     assert len(keys) == len(set(keys))
     assert {key.partition(".")[0] for key in keys} == set(Recipe.model_fields)
+
+
+def test_another_algorithm_keeps_the_settings_it_has_too(recipe_file: Path) -> None:
+    recipe_file.write_text(SMALLEST + "drafter: {num_anchors: 32, markov_rank: 64, target_layer_ids: [0, 1, 2, 3, 4]}\n")
+    eagle3 = load_recipe(recipe_file, ["drafter.algorithm=eagle3", "drafter.ttt_length=3"]).drafter
+    assert (eagle3.algorithm, eagle3.target_layer_ids, eagle3.ttt_length) == ("eagle3", (0, 1, 2, 3, 4), 3)
+    dflash = load_recipe(recipe_file, options={"drafter.algorithm": "dflash"}).drafter
+    assert (dflash.num_anchors, dflash.markov_rank) == (32, 0)
+
+
+def test_setting_that_another_algorithm_lacks_is_refused_when_it_is_asked_for(recipe_file: Path) -> None:
+    recipe_file.write_text(SMALLEST + "drafter: {num_anchors: 32}\n")
+    assert "num_anchors" in explain(recipe_file, "drafter.algorithm=eagle3", "drafter.num_anchors=16")
+    recipe_file.write_text(SMALLEST + "drafter: {algorithm: eagle3, num_anchors: 32}\n")
+    assert "num_anchors" in explain(recipe_file)
+    assert "num_anchors" in explain(recipe_file, "drafter.algorithm=eagle3")
