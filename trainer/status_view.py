@@ -17,7 +17,7 @@ from trainer.summary import format_bytes
 STALE_S = 10.0
 """A driver posts about once a second; one that has not for so long hangs or has died."""
 
-BAR_WIDTH = 40
+NAME_WIDTH, FIGURE_WIDTH, BAR_WIDTH = 26, 20, 40
 SHOWN_EVENTS = 6
 
 RUN_STYLES: dict[RunStateName, str] = {
@@ -63,7 +63,7 @@ def runs_view(statuses: Sequence[RunStatus], now_s: float) -> RenderableType:
     if not statuses:
         return Text("no run is on this cluster")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("run", "state", "step", "expected accepted length", "targets", "buffer", "running for"):
+    for column in ("run", "state", "step", "expected τ", "targets", "buffer", "running for"):
         table.add_column(column)
     for status in statuses:
         expected = status.metrics.get("tau_probabilistic")
@@ -98,15 +98,24 @@ def _serving(status: RunStatus) -> str:
     return f"{serving} of {status.num_targets_wanted} serving"
 
 
-def _progress(status: RunStatus) -> RenderableType:
+def _grid() -> Table:
+    """Three columns that stand below each other in all parts of the view."""
     grid = Table.grid(padding=(0, 1))
+    grid.add_column(min_width=NAME_WIDTH)
+    grid.add_column(min_width=FIGURE_WIDTH)
+    grid.add_column()
+    return grid
+
+
+def _progress(status: RunStatus) -> RenderableType:
+    grid = _grid()
     bar = ProgressBar(total=status.total_steps or None, completed=status.step, width=BAR_WIDTH)
-    grid.add_row(f"step {_steps(status)}", bar if status.total_steps else "", Text(status.phase, "dim"))
+    grid.add_row(Text(status.phase, "dim"), f"step {_steps(status)}", bar if status.total_steps else "")
     return grid
 
 
 def _acceptance(status: RunStatus) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
+    grid = _grid()
     metrics = status.metrics
     if (expected := metrics.get("tau_probabilistic")) is not None:
         grid.add_row("expected accepted length", Text(f"{expected:5.2f}", "bold green"), "")
@@ -124,7 +133,7 @@ def _acceptance(status: RunStatus) -> RenderableType:
 
 
 def _figures(status: RunStatus) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
+    grid = _grid()
     fill = ProgressBar(total=max(1, status.capacity_bytes), completed=status.resident_bytes, width=BAR_WIDTH)
     used = f"{format_bytes(status.resident_bytes)} of {format_bytes(status.capacity_bytes)}"
     grid.add_row("replay buffer", used, fill)
@@ -138,7 +147,7 @@ def _figures(status: RunStatus) -> RenderableType:
 
 
 def _targets(status: RunStatus) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
+    grid = _grid()
     grid.add_row("targets", _serving(status), Text(f"at most {status.num_targets_most}", "dim"))
     for target in status.targets:
         grid.add_row(f"  {target.index}", Text(target.state, TARGET_STYLES[target.state]), _target_note(target))

@@ -47,18 +47,19 @@ def attach_ray(address: str | None = None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)  # notes about finding a cluster are not the user's concern
     wanted = address or os.environ.get("RAY_ADDRESS") or AUTO
     head = _find_head(wanted)
-    _probe(head, wanted, _token(wanted))
+    named = head if wanted == AUTO else wanted
+    _probe(head, wanted, named)
     try:
         ray.init(address=wanted, log_to_driver=False, logging_level=logging.ERROR)
     except ray.exceptions.AuthenticationError as error:
-        raise _refused(head) from error
+        raise _refused(named) from error
     except RuntimeError as error:  # what Ray raises for another version of itself or of Python
         raise ClusterError(
-            f"the Ray cluster at {head} cannot be used from here: {_one_line(error)}. Run Slipstream with the "
+            f"the Ray cluster at {named} cannot be used from here: {_one_line(error)}. Run Slipstream with the "
             "cluster's own Ray and Python"
         ) from error
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"the Ray cluster at {head} cannot be used: {_one_line(error)}") from error
+        raise ClusterError(f"the Ray cluster at {named} cannot be used: {_one_line(error)}") from error
 
 
 def has_token() -> bool:
@@ -76,6 +77,11 @@ def _find_head(wanted: str) -> str:
     # Ray has no public way to find the cluster of this machine without attaching to it.
     from ray._private.services import canonicalize_bootstrap_address
 
+    if "://" in wanted:
+        raise ClusterError(
+            f"{wanted} is the address of a job server or of a Ray Client; the cluster itself is named by the host:port "
+            "that `ray start --head` printed, by --address or RAY_ADDRESS"
+        )
     try:
         head: str | None = canonicalize_bootstrap_address(wanted)
     except ConnectionError as error:
@@ -90,23 +96,24 @@ def _find_head(wanted: str) -> str:
     return head
 
 
-def _probe(head: str, wanted: str, token: str) -> None:
+def _probe(head: str, wanted: str, named: str) -> None:
     """Ask the head of a cluster who it is; raises `ClusterError` if nobody answers or the token is refused."""
     import grpc
 
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return  # Ray knows the certificates
+    token = _token(wanted)
     metadata = (("authorization", f"Bearer {token}"),) if token else None
     with grpc.insecure_channel(head, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary(_PROBE)(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise _refused(head) from error
+                raise _refused(named) from error
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 kind = NoClusterError if wanted == AUTO else NoAnswerError
                 raise kind(
-                    f"no Ray cluster answers at {head}: check that it runs (`ray status`), and name another with "
+                    f"no Ray cluster answers at {named}: check that it runs (`ray status`), and name another with "
                     "RAY_ADDRESS or --address host:port"
                 ) from error
             # Anything else came from a head that Ray may get along with.

@@ -109,7 +109,6 @@ class Coordinator:
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None
         self._sealed = False
-        self._paused = False
         self._incarnation = self._table.incarnation()
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -136,14 +135,12 @@ class Coordinator:
         with self._changed:
             while True:
                 self._raise_error()
-                # What one rank was granted, every rank must get: they train a step together.
-                is_held_back = self._paused and step > self._schedule.steps_granted and not self._schedule.ended
-                lease = None if is_held_back else self._schedule.grant(step, generation)
+                lease = self._schedule.grant(step, generation)
                 if lease is not None:
                     self._changed.notify_all()
                     return lease
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 and is_held_back:
+                if left_s <= 0 and self._schedule.is_paused:
                     raise PausedError(f"step {step} is not granted: the run is paused")
                 if left_s <= 0:
                     raise DeadlineError(
@@ -221,13 +218,13 @@ class Coordinator:
             The last step that is granted; the ranks still train it.
         """
         with self._changed:
-            self._paused = True
+            self._schedule.is_paused = True
             return self._schedule.steps_granted
 
     def go_on(self) -> None:
         """Grant steps again."""
         with self._changed:
-            self._paused = False
+            self._schedule.is_paused = False
             self._changed.notify_all()
 
     def stop_granting(self) -> None:

@@ -59,6 +59,7 @@ class Schedule:
     Attributes:
         ended: Why no further step is granted, or None.
         last_failure: The last capture that failed, and why.
+        is_paused: While true, no further step is granted; `grant` then answers None.
     """
 
     def __init__(self, ledger: Ledger, settings: CoordinatorSettings) -> None:
@@ -66,6 +67,7 @@ class Schedule:
         assert not (settings.deterministic and settings.reuse > 1), "no recipe has both"
         self.ended: str | None = None
         self.last_failure: str | None = None
+        self.is_paused = False
         self._ledger = ledger
         self._settings = settings
         self._first_step = ledger.last_step + 1
@@ -211,7 +213,7 @@ class Schedule:
         """Grant a step; the same step again gives the same lease.
 
         Returns:
-            None if too few conversations have been encoded yet: ask again.
+            None if too few conversations have been encoded yet, or the run is paused: ask again.
 
         Raises:
             StaleGenerationError: Another trainer group is the current one.
@@ -226,6 +228,8 @@ class Schedule:
         if not self.ended and step != self._last_granted + 1:
             raise ReplayError(f"step {step} was asked for, the next is {self._last_granted + 1}: steps go in order")
         if not self.ended:
+            if self.is_paused:  # what one rank was granted before, the others still get: they train a step together
+                return None
             lease = self._grant_next(step)
             if lease is not None or not self.ended:
                 return lease

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from evaluation.report import Report
 from services.errors import PlacementError, PromptError, SlipstreamError
+from services.placement import Ask
 from trainer.cluster import check_fits, result_of, start_part, wait_started
 from trainer.evaluations import Evaluations
 from trainer.recipe import Recipe
@@ -70,9 +72,20 @@ def test_error_of_a_constructor_comes_as_it_was_raised(part_class: type) -> None
 
 def test_part_that_the_whole_cluster_cannot_hold_is_refused_naming_the_resource(part_class: type) -> None:
     with pytest.raises(PlacementError, match="Part asks for 3 GPU, the cluster has 0 in all"):
-        start_part(part_class, 2, num_gpus=3)
+        start_part(part_class, 2, ask=Ask(num_gpus=3))
     with pytest.raises(PlacementError, match="Part asks for 99 CPU"):
-        check_fits("Part", {"CPU": 99})
+        check_fits("Part", Ask(num_cpus=99))
+    with pytest.raises(PlacementError, match=r"Part asks for 0\.5 fpga, the cluster has 0 in all"):
+        start_part(part_class, 2, ask=Ask(resources={"fpga": 0.5}))
+    with pytest.raises(PlacementError, match="Part asks for a node with label zone=b, and the cluster has none"):
+        start_part(part_class, 2, ask=Ask(labels={"zone": "b"}))
+
+
+def test_part_is_placed_where_labels_and_resources_are(part_class: type) -> None:
+    (node,) = ray.nodes()
+    part = start_part(part_class, 6, ask=Ask(num_cpus=0.5, labels={"ray.io/node-id": node["NodeID"], "zone": "!b"}))
+    wait_started([part])
+    assert result_of(part.actor.half.remote(), "the part", timeout_s=DEADLINE_S) == 3
 
 
 def test_part_that_died_is_named(part_class: type) -> None:

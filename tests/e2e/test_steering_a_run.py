@@ -1,0 +1,270 @@
+"""A running job steered from another shell, on a cluster of its own with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import MARK, SMALL
+from waiting import wait_until
+
+import trainer.demo
+from trainer.checkpoint import checkpoint_step, latest_checkpoint
+
+BIN = Path(sys.executable).parent
+DEMO = Path(trainer.demo.__file__).parent
+
+RESOURCE = "slot"
+"""Custom resource that each target takes; the cluster's first node has two."""
+
+START_S = 120.0
+
+
+@dataclass
+class Cluster:
+    """A `ray start --head` of this test's own; more nodes can join it."""
+
+    folder: Path
+    environment: dict[str, str]
+    address: str = ""
+
+    def start_node(self, *options: str) -> None:
+        """`ray start …`, without the process that serves Ray's own dashboard."""
+        started = subprocess.run(
+            [str(BIN / "ray"), "start", *options, "--object-store-memory", str(80 * 1024**2), "--num-gpus", "0"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert started.returncode == 0, started.stdout + started.stderr
+
+    def slipstream(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """A `slipstream` command in a shell on the cluster."""
+        return subprocess.run(
+            [sys.executable, "-m", "trainer", *arguments],
+            cwd=self.folder,
+            env={**self.environment, **changes},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+
+    def marked(self) -> Iterator[psutil.Process]:
+        """Living processes of the cluster and of what runs on it."""
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.environment[MARK]:
+                    yield process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("shell")
+    session = Path(tempfile.mkdtemp(prefix="slip-ray-", dir="/tmp"))  # its sockets need a short path
+    environment = {
+        **os.environ,
+        MARK: uuid.uuid4().hex,
+        "HOME": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    cluster = Cluster(folder, environment)
+    try:
+        cluster.start_node(
+            *("--head", "--port", "0", "--node-ip-address", "127.0.0.1", "--temp-dir", str(session)),
+            *("--include-dashboard", "false", "--num-cpus", "2", "--resources", json.dumps({RESOURCE: 2})),
+        )
+        cluster.address = (session / "ray_current_cluster").read_text().strip()
+        environment["RAY_ADDRESS"] = cluster.address
+        yield cluster
+    finally:
+        for _ in range(2):  # a raylet may still be starting a worker
+            for process in cluster.marked():
+                process.kill()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@dataclass
+class Run:
+    """A `slipstream run` in another shell of the cluster."""
+
+    cluster: Cluster
+    process: subprocess.Popen[str]
+    output_dir: Path
+    log: Path
+
+    def status(self) -> dict[str, Any]:
+        """What `slipstream status` says; empty while the run is not there yet."""
+        done = self.cluster.slipstream("status", "demo", "--json")
+        status: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        return status
+
+    def targets(self) -> list[tuple[int, str]]:
+        """Number and state of each target."""
+        return [(target["index"], target["state"]) for target in self.status()["targets"]]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The run's history so far."""
+        path = self.output_dir / "telemetry.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        """Numbers of the steps done, in the order in which they were."""
+        return [record["step"] for record in self.records("step")]
+
+    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = START_S) -> None:
+        """Wait while the run lives; shows its log if the time is over."""
+
+        def holds() -> object:
+            assert self.process.poll() is None, f"the run ended:\n{self.log.read_text()}"
+            return condition()
+
+        wait_until(holds, lambda: f"{what}\n{self.status()}\n{self.log.read_text()}", timeout_s)
+
+
+@pytest.fixture(scope="module")
+def run(cluster: Cluster) -> Iterator[Run]:
+    output_dir, log = cluster.folder / "out", cluster.folder / "run.log"
+    settings = [
+        *SMALL, "evaluation.max_samples=0", f"target.model={DEMO / 'target'}", f"target.resources={{{RESOURCE}: 1}}",
+        "target.max_replicas=4", "trainer.max_steps=100000", "prompts.epochs=500", "trainer.threads=1",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", "run", str(DEMO / "recipe.yaml"), "--output-dir", "out", *settings],
+            cwd=cluster.folder,
+            env=cluster.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    run = Run(cluster, process, output_dir, log)
+    run.wait(lambda: len(run.steps()) >= 3, "the first steps")
+    yield run
+    process.kill()
+    process.wait()
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """The command failed with the code, said why in a line, and without noise."""
+    assert done.returncode == code, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_cluster_that_refuses_the_token_is_named_at_once(cluster: Cluster) -> None:
+    refused(cluster.slipstream("status", RAY_AUTH_TOKEN="wrong"), 1, cluster.address, "is not the cluster's")
+    refused(cluster.slipstream("pause", "demo", RAY_AUTH_TOKEN=""), 1, cluster.address, "no token is found here")
+
+
+def test_cluster_that_is_not_there_is_named_at_once(cluster: Cluster) -> None:
+    refused(cluster.slipstream("status", "--address", "127.0.0.1:9"), 1, "no Ray cluster answers at 127.0.0.1:9")
+    refused(cluster.slipstream("status", RAY_ADDRESS="nonsense"), 1, "'nonsense' is no address of a Ray cluster")
+    refused(cluster.slipstream("status", RAY_ADDRESS="http://127.0.0.1:8265"), 1, "the address of a job server")
+
+
+def test_cluster_of_another_ray_is_named(cluster: Cluster) -> None:
+    older = "import ray; ray.__version__ = '2.9.0'; from trainer.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", older, "status"],
+        cwd=cluster.folder,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    refused(done, 1, cluster.address, "Version mismatch", "2.9.0", "the cluster's own Ray and Python")
+
+
+def test_run_on_a_cluster_that_refuses_it_starts_no_other(cluster: Cluster) -> None:
+    done = cluster.slipstream(
+        "run", str(DEMO / "recipe.yaml"), f"target.model={DEMO / 'target'}", "--output-dir", "refused",
+        RAY_AUTH_TOKEN="wrong",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is not the cluster's" in done.stderr
+
+
+def test_unknown_run_and_wrong_scale_are_refused(cluster: Cluster, run: Run) -> None:
+    run_id = run.status()["run_id"]
+    refused(cluster.slipstream("pause", "llama"), 2, "there is no run 'llama' here", f"running are: {run_id}")
+    refused(cluster.slipstream("scale", run_id, "targets=0"), 2, "targets=0 must lie between 1 and", "max_replicas 4")
+    refused(cluster.slipstream("scale", "demo", "targets=5"), 2, "targets=5 must lie between 1 and", "max_replicas 4")
+
+
+def test_second_driver_of_an_output_directory_is_refused(cluster: Cluster, run: Run) -> None:
+    done = cluster.slipstream(
+        "run", str(DEMO / "recipe.yaml"), f"target.model={DEMO / 'target'}", "--output-dir", "out"
+    )
+    assert done.returncode == 2
+    assert "is in use by another slipstream process" in done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) -> None:
+    listed = json.loads(cluster.slipstream("status", "--json").stdout)["runs"]
+    assert [each["output_dir"] for each in listed] == [str(run.output_dir)]
+    assert run.targets() == [(0, "serving")]
+
+    # Up: the second target has a slot, the third is pending until a node brings one.
+    scaled = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up", "--json")
+    assert json.loads(scaled.stdout)["message"] == "targets scaled from 1 to 3"
+    run.wait(lambda: run.targets() == [(0, "serving"), (1, "serving"), (2, "pending")], "the second target")
+    run.wait(lambda: "1 slot" in run.status()["targets"][2]["message"], "the name of the missing resource")
+    assert any(f"1 {RESOURCE}" in event["message"] for event in run.records("event") if event["event"] == "pending")
+    repeated = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up")
+    assert repeated.stdout.endswith("targets scaled from 1 to 3\n")
+    assert len(run.targets()) == 3, "the same request again does nothing"
+    cluster.start_node("--address", cluster.address, "--num-cpus", "0", "--resources", json.dumps({RESOURCE: 1}))
+    run.wait(lambda: [state for _, state in run.targets()] == ["serving"] * 3, "the third target")
+
+    # Paused: what is granted is trained, then the step stands still while targets may still scale.
+    assert cluster.slipstream("pause", "out").returncode == 0
+    run.wait(lambda: run.status()["state"] == "paused", "the pause")
+    paused_after = run.steps()[-1]
+    assert cluster.slipstream("scale", "demo", "targets=1").returncode == 0
+    run.wait(lambda: run.targets() == [(0, "serving")], "the end of two targets")
+    assert run.status()["step"] == run.steps()[-1] == paused_after
+    assert cluster.slipstream("continue", "demo").returncode == 0
+    run.wait(lambda: run.steps()[-1] > paused_after + 2, "steps after the pause")
+    after_pause = next(record for record in run.records("step") if record["step"] == paused_after + 1)
+    paused_s = after_pause["time_s"] - run.records("step")[paused_after - 1]["time_s"]
+    assert after_pause["step_s"] < paused_s, "a pause is not counted as training"
+
+    stopped = cluster.slipstream("stop", "demo", "--wait")
+    assert stopped.returncode == 0, stopped.stderr
+    assert run.process.wait(60) == 1
+    assert "asked to stop" in run.log.read_text()
+    assert "run the same command again" in run.log.read_text()
+    assert "Traceback" not in run.log.read_text()
+
+    # The trainer has noticed nothing of all that.
+    steps = run.steps()
+    assert steps == list(range(1, steps[-1] + 1))
+    assert [record["attempt"] for record in run.records("run")] == [1]
+    kinds = [event["event"] for event in run.records("event")]
+    assert "restart" not in kinds
+    assert kinds.count("scaling") == 2
+    checkpoint = latest_checkpoint(run.output_dir)
+    assert checkpoint is not None
+    assert checkpoint_step(checkpoint) == steps[-1], "nothing trained is lost"
+    refused(cluster.slipstream("status", "demo"), 2, "there is no run 'demo' here; no run is on this cluster")

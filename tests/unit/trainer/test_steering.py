@@ -1,0 +1,114 @@
+"""What a driver answers to each request; the way of a request through Ray is in tests/e2e/test_steering_a_run.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.contracts import Event
+from services.control.board import StatusBoard
+from services.control.records import (
+    Action,
+    ContinueAction,
+    PauseAction,
+    Reply,
+    Request,
+    RunStateName,
+    RunStatus,
+    ScaleAction,
+    StopAction,
+)
+from services.errors import UsageError
+from trainer.steering import Steering
+
+GRANTED = 12
+
+
+class Job:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def scale(self, targets: int) -> None:
+        if targets > 4:
+            raise UsageError(f"targets={targets} is too many")
+        self.told.append(f"scale {targets}")
+
+    def pause(self) -> int:
+        self.told.append("pause")
+        return GRANTED
+
+    def continue_(self) -> None:
+        self.told.append("continue")
+
+
+class Run:
+    """A steering and what is around it."""
+
+    def __init__(self, state: RunStateName) -> None:
+        status = RunStatus(
+            run_id="demo-1a2b3c", name="demo", output_dir="/out", attempt=1, target_model="t", algorithm="dspark",
+            started_s=0.0, posted_s=0.0, host="h", pid=1, num_targets_wanted=1, num_targets_most=4,
+        )  # fmt: skip
+        self.job = Job()
+        self.events: list[Event] = []
+        self.board = StatusBoard(status)
+        self.steering = Steering(self.board, self.job, self.events.append)
+        self.steering.enter(state)
+
+    def ask(self, action: Action) -> Reply:
+        return self.steering._carry_out(Request(request_id="r", action=action))
+
+
+def test_scale_is_carried_out_and_shown() -> None:
+    run = Run("training")
+    assert run.ask(ScaleAction(targets=3)) == Reply(
+        request_id="r", is_done=True, message="targets scaled from 1 to 3"
+    )  # fmt: skip
+    assert run.job.told == ["scale 3"]
+    assert run.board.status.num_targets_wanted == 3
+
+
+def test_scale_out_of_bounds_is_wrong_usage_and_changes_nothing() -> None:
+    run = Run("training")
+    reply = run.ask(ScaleAction(targets=5))
+    assert (reply.is_done, reply.is_wrong_usage, reply.message) == (False, True, "targets=5 is too many")
+    assert run.board.status.num_targets_wanted == 1
+
+
+def test_pause_and_continue_are_told_once() -> None:
+    run = Run("training")
+    assert "after step 12" in run.ask(PauseAction()).message
+    assert run.board.status.state == "pausing"
+    assert "already" in run.ask(PauseAction()).message
+    assert run.ask(ContinueAction()).is_done
+    assert run.board.status.state == "training"
+    assert run.ask(ContinueAction()).message == "the run is not paused"
+    assert run.job.told == ["pause", "continue"]
+    assert [event.kind for event in run.events] == ["pause", "continue"]
+
+
+@pytest.mark.parametrize("state", ["starting", "measuring", "stopping"])
+def test_pause_is_untimely_where_nothing_trains(state: RunStateName) -> None:
+    run = Run(state)
+    reply = run.ask(PauseAction())
+    assert (reply.is_done, reply.is_wrong_usage) == (False, False)
+    assert run.job.told == []
+
+
+def test_scale_is_possible_as_soon_as_the_targets_start() -> None:
+    assert Run("starting").ask(ScaleAction(targets=2)).is_done
+    assert not Run("measuring").ask(ScaleAction(targets=2)).is_done
+
+
+@pytest.mark.parametrize("state", ["starting", "training", "paused", "measuring"])
+def test_stop_is_possible_at_any_time(state: RunStateName) -> None:
+    run = Run(state)
+    assert run.ask(StopAction()).is_done
+    assert [event.kind for event in run.events] == ["stop"]
+
+
+def test_stop_again_is_answered_and_not_said_again() -> None:
+    run = Run("stopping")
+    assert run.ask(StopAction()).message == "the run stops already"
+    assert run.events == []
