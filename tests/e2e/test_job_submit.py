@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from conftest import MARK, SMALL, steps_done
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waiting import wait_until
 
 from trainer.checkpoint import checkpoint_step, latest_checkpoint
@@ -28,6 +31,8 @@ from trainer.ray_job import STOP_WAIT_S, STOP_WAIT_VARIABLE
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 RECIPE = "infra/recipes/demo.yaml"
+
+PROMETHEUS = yaml.safe_load((ROOT / "infra" / "prometheus.yml").read_text())
 
 STEPS_BEFORE_STOP = 7
 MORE_STEPS = 5
@@ -42,6 +47,7 @@ class Cluster:
         home: Home directory of its processes.
         environment: Of who may use it: the token is in it.
         mark: Value of `MARK` in all its processes.
+        session: Its temporary folder.
         own_pids: The processes of the cluster itself.
     """
 
@@ -49,6 +55,7 @@ class Cluster:
     home: Path
     environment: dict[str, str]
     mark: str
+    session: Path
     own_pids: set[int] = field(default_factory=set)
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -80,6 +87,19 @@ class Cluster:
     def submit(self, *arguments: str, **options: Any) -> tuple[int, str, str]:
         """`slipstream submit …`."""
         return self.run(str(BIN / "slipstream"), "submit", RECIPE, "--address", self.url, *arguments, **options)
+
+    def metric(self, name: str, run_id: str) -> float | None:
+        """A metric of a run where Prometheus would find it: Ray writes a file with the addresses to scrape."""
+        places = self.session / Path(PROMETHEUS["scrape_configs"][0]["file_sd_configs"][0]["files"][0]).name
+        if not places.exists():
+            return None
+        for group in json.loads(places.read_text()):
+            for target in group["targets"]:
+                with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                    found = re.search(rf'^{name}{{[^}}]*run="{run_id}"[^}}]*}} (\S+)$', answer.read().decode(), re.M)
+                if found:
+                    return float(found[1])
+        return None
 
     def left_behind(self) -> list[str]:
         """Command lines of living processes that jobs have started here; idle workers are Ray's to keep."""
@@ -114,6 +134,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_metrics_report_interval_ms": "500",
     }
     try:
         started = subprocess.run(
@@ -130,7 +151,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         assert started.returncode == 0, started.stdout + started.stderr
         address = re.search(r"RAY_API_SERVER_ADDRESS='(http://[^']+)'", started.stdout)
         assert address, started.stdout
-        cluster = Cluster(address[1], home, environment, mark)
+        cluster = Cluster(address[1], home, environment, mark, session)
         cluster.own_pids = {process.pid for process in marked(mark)}
         yield cluster
     finally:
@@ -140,7 +161,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         shutil.rmtree(session, ignore_errors=True)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(420)
 def test_job_is_stopped_in_order_and_the_next_one_goes_on_with_the_run(cluster: Cluster) -> None:
     output_dir = cluster.home / "slipstream-demo"  # where a job's relative output_dir is
 
@@ -155,6 +176,12 @@ def test_job_is_stopped_in_order_and_the_next_one_goes_on_with_the_run(cluster: 
             120,
         )
         assert watching.poll() is None, watching.communicate()
+        run_id = json.loads((output_dir / "run.json").read_text())["run_id"]
+        wait_until(
+            lambda: (cluster.metric("ray_slipstream_step", run_id) or 0) >= STEPS_BEFORE_STOP,
+            lambda: f"ray_slipstream_step is {cluster.metric('ray_slipstream_step', run_id)}",
+            60,
+        )
         assert cluster.ray_job("stop", "first")[0] == 0
         log, errors = watching.communicate(timeout=60)
     finally:
@@ -194,6 +221,24 @@ def test_job_is_stopped_in_order_and_the_next_one_goes_on_with_the_run(cluster: 
     assert summary["steps"] == stopped_at + MORE_STEPS
     assert summary["ledger"]["balanced"]
     wait_until(lambda: not cluster.left_behind(), lambda: f"left behind: {cluster.left_behind()}", 30)
+    check_views(output_dir, run_id, stopped_at + MORE_STEPS)
+
+
+def check_views(output_dir: Path, run_id: str, last_step: int) -> None:
+    """TensorBoard's files show every step once, and each part of the run has logged."""
+    events = EventAccumulator(str(output_dir / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, last_step + 1))
+    assert {"train/accept_rate/0", "eval/accepted_length", "buffer/resident_bytes"} <= set(events.Tags()["scalars"])
+    logs = {file.stem: list(map(json.loads, file.open())) for file in (output_dir / "logs").glob("*.jsonl")}
+    assert logs.keys() == {"driver", "coordinator", "shard", "target-0", "trainer-0", "evaluator"}
+    for name, lines in logs.items():
+        role, _, rank = name.partition("-")
+        assert {(line["run"], line["role"], line["rank"]) for line in lines} <= {
+            (run_id, role, int(rank) if rank else None)
+        }
+    written = [line["step"] for line in logs["trainer-0"] if "is written" in line["message"]]
+    assert written[-1] == last_step
+    assert [line["message"] for line in logs["driver"] if "attempt" in line["message"]][-1].startswith("attempt 2 of")
 
 
 def test_interrupted_submission_leaves_its_job_running(cluster: Cluster) -> None:

@@ -61,7 +61,7 @@ def test_recipe_is_named_by_its_place_in_the_working_dir(tmp_path: Path, monkeyp
 def test_recipe_outside_the_working_dir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(RECIPE)
     (tmp_path / "upload").mkdir()
-    with pytest.raises(RecipeError, match="is outside --working-dir .*/upload"):
+    with pytest.raises(RecipeError, match=r"is outside --working-dir .*/upload"):
         check_recipe(tmp_path / "one.yaml", [], tmp_path / "upload")
 
 
@@ -73,7 +73,7 @@ def test_working_dir_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 def test_wrong_recipe_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(RECIPE)
-    with pytest.raises(RecipeError, match="did you mean trainer.max_steps"):
+    with pytest.raises(RecipeError, match=r"did you mean trainer\.max_steps"):
         check_recipe(tmp_path / "one.yaml", ["trainer.max_step=3"], tmp_path)
 
 
