@@ -69,9 +69,7 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # the base takes anything
-        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Queries [B, K, G, R, d], keys and values [B, K, T, d] → [B, K, G, R, d], [B, K, G, R] float32."""
         output = torch.empty_like(queries)
         normalizer = queries.new_empty(queries.shape[:-1], dtype=torch.float32)
@@ -86,9 +84,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_output: Tensor, grad_normalizer: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor, grad_normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, output, normalizer = ctx.saved_tensors
         by_queries = torch.empty_like(queries)
         # Sums over blocks, so in float32 whatever the rows are in.

@@ -108,7 +108,7 @@ class _FusedSoftLoss(torch.autograd.Function):
     """Takes the hidden states by themselves too, so that autograd sees them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # the base takes anything
+    def forward(
         ctx: Any,
         steps: Sequence[StepRows],
         target_states: Tensor,
@@ -145,7 +145,7 @@ class _FusedSoftLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("backward of the fused soft cross-entropy ran before: its gradients were handed out")

@@ -274,7 +274,9 @@ def test_known_keys_are_sections_and_their_settings() -> None:
 
 
 def test_another_algorithm_keeps_the_settings_it_has_too(recipe_file: Path) -> None:
-    recipe_file.write_text(SMALLEST + "drafter: {num_anchors: 32, markov_rank: 64, target_layer_ids: [0, 1, 2, 3, 4]}\n")
+    recipe_file.write_text(
+        SMALLEST + "drafter: {num_anchors: 32, markov_rank: 64, target_layer_ids: [0, 1, 2, 3, 4]}\n"
+    )
     eagle3 = load_recipe(recipe_file, ["drafter.algorithm=eagle3", "drafter.ttt_length=3"]).drafter
     assert (eagle3.algorithm, eagle3.target_layer_ids, eagle3.ttt_length) == ("eagle3", (0, 1, 2, 3, 4), 3)
     dflash = load_recipe(recipe_file, options={"drafter.algorithm": "dflash"}).drafter
