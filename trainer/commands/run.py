@@ -45,9 +45,8 @@ def demo(
         "trainer.max_steps": steps,
         "drafter.algorithm": drafter,
     }
-    own = (
-        package_data / f"{drafter}.yaml"
-    )  # a drafter that learns with other settings than the first has its own recipe
+    # A drafter that learns with other settings than the first has a recipe of its own.
+    own = package_data / f"{drafter}.yaml"
     recipe = own if own.is_file() else package_data / "recipe.yaml"
     _run(recipe, overrides or [], options, as_json=as_json, local_ray=True, dashboard=not no_dashboard)
 
