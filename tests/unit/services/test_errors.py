@@ -5,7 +5,9 @@ import pytest
 
 from services import errors
 from services.errors import (
+    ClusterError,
     OutputDirError,
+    PausedError,
     RecipeError,
     ReplayError,
     ReplayUnavailableError,
@@ -47,6 +49,6 @@ def test_wrong_recipe_or_output_dir_is_wrong_usage() -> None:
 
 def test_what_a_later_try_may_cure_is_unavailable() -> None:
     unavailable = {error for error in TREE if error.status == "UNAVAILABLE"}
-    assert unavailable == {TargetUnavailableError, ReplayUnavailableError}
+    assert unavailable == {ClusterError, PausedError, TargetUnavailableError, ReplayUnavailableError}
     assert issubclass(TargetUnavailableError, TargetError)
     assert issubclass(ReplayUnavailableError, ReplayError)
