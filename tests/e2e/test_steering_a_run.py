@@ -11,7 +11,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,32 +101,33 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @dataclass
 class Run:
-    """A `slipstream run` in another shell of the cluster."""
+    """A `slipstream run` in another shell of the cluster; its history tells what it does without a command a look."""
 
     cluster: Cluster
     process: subprocess.Popen[str]
     output_dir: Path
     log: Path
-
-    def status(self) -> dict[str, Any]:
-        """What `slipstream status` says; empty while the run is not there yet."""
-        done = self.cluster.slipstream("status", "demo", "--json")
-        status: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
-        return status
-
-    def targets(self) -> list[tuple[int, str]]:
-        """Number and state of each target."""
-        return [(target["index"], target["state"]) for target in self.status()["targets"]]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    num_read: int = 0
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The run's history so far."""
         path = self.output_dir / "telemetry.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+        if path.exists():
+            with path.open("rb") as history:
+                history.seek(self.num_read)
+                lines, _, _ = history.read().rpartition(b"\n")
+            self.num_read += len(lines) + 1 if lines else 0
+            self.history += map(json.loads, lines.splitlines())
+        return [record for record in self.history if record["kind"] == kind]
 
     def steps(self) -> list[int]:
         """Numbers of the steps done, in the order in which they were."""
         return [record["step"] for record in self.records("step")]
+
+    def targets(self) -> list[str]:
+        """State of each target, about a second ago."""
+        return [target["state"] for target in self.records("figures")[-1]["targets"]]
 
     def wait(self, condition: Callable[[], object], what: str, timeout_s: float = START_S) -> None:
         """Wait while the run lives; shows its log if the time is over."""
@@ -135,7 +136,7 @@ class Run:
             assert self.process.poll() is None, f"the run ended:\n{self.log.read_text()}"
             return condition()
 
-        wait_until(holds, lambda: f"{what}\n{self.status()}\n{self.log.read_text()}", timeout_s)
+        wait_until(holds, lambda: f"{what}\n{self.history[-1]}\n{self.log.read_text()}", timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def run(cluster: Cluster) -> Iterator[Run]:
     output_dir, log = cluster.folder / "out", cluster.folder / "run.log"
     settings = [
         *SMALL, "evaluation.max_samples=0", f"target.model={DEMO / 'target'}", f"target.resources={{{RESOURCE}: 1}}",
-        "target.max_replicas=4", "trainer.max_steps=100000", "prompts.epochs=500", "trainer.threads=1",
+        "target.max_replicas=4", "trainer.threads=1", "trainer.checkpoint_every=100000",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -205,9 +206,8 @@ def test_run_on_a_cluster_that_refuses_it_starts_no_other(cluster: Cluster) -> N
 
 
 def test_unknown_run_and_wrong_scale_are_refused(cluster: Cluster, run: Run) -> None:
-    run_id = run.status()["run_id"]
-    refused(cluster.slipstream("pause", "llama"), 2, "there is no run 'llama' here", f"running are: {run_id}")
-    refused(cluster.slipstream("scale", run_id, "targets=0"), 2, "targets=0 must lie between 1 and", "max_replicas 4")
+    refused(cluster.slipstream("pause", "llama"), 2, "there is no run 'llama' here", "running are: demo-")
+    refused(cluster.slipstream("scale", "demo", "targets=0"), 2, "targets=0 must lie between 1 and", "max_replicas 4")
     refused(cluster.slipstream("scale", "demo", "targets=5"), 2, "targets=5 must lie between 1 and", "max_replicas 4")
 
 
@@ -221,50 +221,65 @@ def test_second_driver_of_an_output_directory_is_refused(cluster: Cluster, run: 
 
 @pytest.mark.timeout(400)
 def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) -> None:
-    listed = json.loads(cluster.slipstream("status", "--json").stdout)["runs"]
-    assert [each["output_dir"] for each in listed] == [str(run.output_dir)]
-    assert run.targets() == [(0, "serving")]
+    (listed,) = json.loads(cluster.slipstream("status", "--json").stdout)["runs"]
+    assert (listed["output_dir"], listed["state"], listed["attempt"]) == (str(run.output_dir), "training", 1)
 
     # Up: the second target has a slot, the third is pending until a node brings one.
     scaled = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up", "--json")
     assert json.loads(scaled.stdout)["message"] == "targets scaled from 1 to 3"
-    run.wait(lambda: run.targets() == [(0, "serving"), (1, "serving"), (2, "pending")], "the second target")
-    run.wait(lambda: "1 slot" in run.status()["targets"][2]["message"], "the name of the missing resource")
-    assert any(f"1 {RESOURCE}" in event["message"] for event in run.records("event") if event["event"] == "pending")
+    run.wait(lambda: run.targets() == ["serving", "serving", "pending"], "the second target")
+    run.wait(lambda: "pending" in [event["event"] for event in run.records("event")], "the missing resource", 60)
     repeated = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up")
     assert repeated.stdout.endswith("targets scaled from 1 to 3\n")
-    assert len(run.targets()) == 3, "the same request again does nothing"
+    pending = json.loads(cluster.slipstream("status", "demo", "--json").stdout)["targets"]
+    assert [target["index"] for target in pending] == [0, 1, 2], "the same request again does nothing"
+    assert f"waits for 1 {RESOURCE}, of the cluster's 2 are 0 free" in pending[2]["message"]
     cluster.start_node("--address", cluster.address, "--num-cpus", "0", "--resources", json.dumps({RESOURCE: 1}))
-    run.wait(lambda: [state for _, state in run.targets()] == ["serving"] * 3, "the third target")
+    run.wait(lambda: run.targets() == ["serving"] * 3, "the third target")
 
-    # Paused: what is granted is trained, then the step stands still while targets may still scale.
-    assert cluster.slipstream("pause", "out").returncode == 0
-    run.wait(lambda: run.status()["state"] == "paused", "the pause")
-    paused_after = run.steps()[-1]
+    # Down, while all of them capture.
     assert cluster.slipstream("scale", "demo", "targets=1").returncode == 0
-    run.wait(lambda: run.targets() == [(0, "serving")], "the end of two targets")
-    assert run.status()["step"] == run.steps()[-1] == paused_after
+    run.wait(lambda: run.targets() == ["serving"], "the end of two targets")
+
+    # Paused: what is granted is trained, then the step stands still.
+    assert cluster.slipstream("pause", "out").returncode == 0
+    status = json.loads(cluster.slipstream("status", "out", "--json").stdout)
+    run.wait(lambda: run.steps()[-1] >= int(paused_after(run)), "the last step before the pause")
+    stood_still = len(run.records("figures")) + 4  # about one a second
+    run.wait(lambda: len(run.records("figures")) >= stood_still, "seconds of a pause")
+    last_step = run.steps()[-1]
+    assert last_step == int(paused_after(run))
+    assert run.records("figures")[-1]["phase"] == "paused"
+    assert status["state"] in ("pausing", "paused")
     assert cluster.slipstream("continue", "demo").returncode == 0
-    run.wait(lambda: run.steps()[-1] > paused_after + 2, "steps after the pause")
-    after_pause = next(record for record in run.records("step") if record["step"] == paused_after + 1)
-    paused_s = after_pause["time_s"] - run.records("step")[paused_after - 1]["time_s"]
-    assert after_pause["step_s"] < paused_s, "a pause is not counted as training"
+    run.wait(lambda: run.steps()[-1] > last_step + 2, "steps after the pause")
+    before, after = run.records("step")[last_step - 1 : last_step + 1]
+    assert after["step_s"] < after["time_s"] - before["time_s"] - 2, "a pause is no part of a step"
 
     stopped = cluster.slipstream("stop", "demo", "--wait")
     assert stopped.returncode == 0, stopped.stderr
     assert run.process.wait(60) == 1
-    assert "asked to stop" in run.log.read_text()
-    assert "run the same command again" in run.log.read_text()
-    assert "Traceback" not in run.log.read_text()
+    log = run.log.read_text()
+    assert "asked to stop" in log
+    assert "run the same command again" in log
+    assert "Traceback" not in log
 
     # The trainer has noticed nothing of all that.
     steps = run.steps()
     assert steps == list(range(1, steps[-1] + 1))
     assert [record["attempt"] for record in run.records("run")] == [1]
+    assert [record["outcome"] for record in run.records("end")] == ["stopped"]
     kinds = [event["event"] for event in run.records("event")]
-    assert "restart" not in kinds
     assert kinds.count("scaling") == 2
+    assert kinds.count("drained") == 2
+    assert not {"restart", "gone", "failed", "target", "capture"} & set(kinds), "no capture was cut off"
     checkpoint = latest_checkpoint(run.output_dir)
     assert checkpoint is not None
     assert checkpoint_step(checkpoint) == steps[-1], "nothing trained is lost"
     refused(cluster.slipstream("status", "demo"), 2, "there is no run 'demo' here; no run is on this cluster")
+
+
+def paused_after(run: Run) -> str:
+    """The step that the run's pause event names."""
+    (message,) = [event["message"] for event in run.records("event") if event["event"] == "pause"]
+    return message.removeprefix("paused after step ").partition(":")[0]

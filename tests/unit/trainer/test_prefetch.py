@@ -1,11 +1,12 @@
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 from waiting import wait_until
 
 from services.contracts import StepLease
-from services.errors import DeadlineError
+from services.errors import DeadlineError, PausedError
 from trainer.prefetch import Prefetcher
 
 DEADLINE_S = 10.0
@@ -107,3 +108,50 @@ def test_wait_is_counted_and_reset_when_taken() -> None:
         next(batches.steps())
         assert 0.05 < batches.take_wait_s() < DEADLINE_S
         assert batches.take_wait_s() == 0.0
+
+
+class PausedSteps(Steps):
+    """Refuses every step but the first while `paused`, as a coordinator does: after a little wait."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.paused = True
+        self.num_refused = 0
+
+    def step_lease(self, step: int) -> StepLease:
+        if self.paused and step > 1:
+            time.sleep(0.02)
+            self.num_refused += 1
+            raise PausedError("the run is paused")
+        return super().step_lease(step)
+
+
+def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
+    coordinator = PausedSteps(1, 1)
+    with Prefetcher(coordinator, Counter().load, depth=1, first_step=1, rank=0) as batches:
+        steps = batches.steps()
+        _, first = next(steps)
+        assert list(first) == [0]
+        batches.take_wait_s()
+
+        num_refused = coordinator.num_refused
+
+        def go_on() -> None:
+            wait_until(lambda: coordinator.num_refused >= num_refused + 20, "refusals of the second step")
+            coordinator.paused = False
+
+        waiting = threading.Thread(target=go_on)
+        waiting.start()
+        _, second = next(steps)
+        assert list(second) == [1]
+        waiting.join()
+        paused_s = batches.take_paused_s()
+        assert paused_s > 0.2, "the loop stood still"
+        assert batches.take_wait_s() < paused_s / 2
+        assert batches.take_paused_s() == 0.0
+
+
+def test_paused_prefetcher_stops_at_once() -> None:
+    with Prefetcher(PausedSteps(1, 1), Counter().load, depth=1, first_step=2, rank=0) as batches:
+        thread = batches._thread
+    wait_until(lambda: not thread.is_alive(), "the end of the thread")
