@@ -142,7 +142,7 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # the base takes anything
+    def forward(
         ctx: Any,
         queries: Tensor,
         context_keys: Tensor,
@@ -180,7 +180,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stacked, *tensors, output, log_sums = ctx.saved_tensors
         rows, layout = _Rows(*tensors), ctx.layout
         grad = _stack(grad_output, len(rows.context_keys), layout.block_size)

@@ -62,7 +62,7 @@ class _FusedLoss(torch.autograd.Function):
     """Takes hidden, latent and W2 by themselves too, so that autograd sees them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # the base takes anything
+    def forward(
         ctx: Any,
         hidden: Tensor,
         latent: Tensor | None,
@@ -87,7 +87,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("backward of the fused loss ran before: its gradients were handed out")

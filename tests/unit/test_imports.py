@@ -36,6 +36,7 @@ WITH_TORCH = {
     "services.target.server",
     "services.target.tap",
     "evaluation.accept",
+    "evaluation.bench.train",
     "evaluation.decode",
     "evaluation.evaluator",
     "evaluation.lossless",

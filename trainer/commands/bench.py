@@ -62,3 +62,38 @@ def bench_run(
         f"ratio {overhead.ratio:.3f} (95 % interval {low:.3f} – {high:.3f}) over {overhead.num_pairs} pairs of turns, "
         f"{overhead.num_steps} steps; {overhead.as_json()['hardware']}"
     )
+
+
+@app.command("train")
+def bench_train(
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each drafter and way, taken in turns.")] = 9,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; torch's own choice by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What the fused loss is worth: step time and memory of the loss, fused against plain, for each drafter."""
+    import torch
+
+    from evaluation.bench.train import FORMULA, measure_training
+    from trainer.console import RunConsole
+    from trainer.summary import format_bytes
+
+    if threads:
+        torch.set_num_threads(threads)
+    result = measure_training(RunConsole(to_stderr=True).say, rounds=rounds)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for size, measured in result["sizes"].items():
+        for drafter, ways in measured["drafters"].items():
+            for kind, measure in ways.items():
+                mfu = "" if measure["mfu"] is None else f", MFU {measure['mfu']:.1%}"
+                print(
+                    f"{size} {drafter} {kind}: step {measure['step_s']:.3f} s, {measure['tokens_per_s']:.0f} tokens/s"
+                    f"{mfu}, loss part at most {format_bytes(measure['peak_loss_bytes'])}"
+                )
+            fused, plain = ways["fused"], ways["plain"]
+            print(
+                f"{size} {drafter} fused / plain: step {fused['step_s'] / plain['step_s']:.2f}, "
+                f"memory {fused['peak_loss_bytes'] / plain['peak_loss_bytes']:.3f}"
+            )
+    print(f"{FORMULA}\n{result['hardware']}, {result['threads']} threads")
