@@ -14,10 +14,10 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -Iservices/wire=proto
 # Tests start many processes: one thread each, unless asked otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check format lint types imports stubs proto bench wheel clean
+.PHONY: help setup demo test check format lint types imports stubs proto bench wheel screenshots clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.ready ## make .venv with everything in it; quick when nothing changed
 
@@ -86,6 +86,9 @@ bench: setup ## run a benchmark; ARGS="run --json" and the like
 wheel: setup ## build the wheel into dist/
 	@rm -rf build/lib build/bdist.*
 	@$(BIN)/python -m build --wheel --no-isolation
+
+screenshots: setup ## pictures of the dashboard for docs/images; ARGS="path/to/output_dir" of a finished run
+	@$(BIN)/python infra/screenshots.py $(ARGS)
 
 clean: ## remove what builds and checks left behind; keeps .venv, runs/ and trained models
 	@rm -rf dist build/lib build/bdist.* build/stubs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

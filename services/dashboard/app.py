@@ -69,7 +69,7 @@ def create_app(feed: Feed, access: Access, controls: Controls) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         following = asyncio.create_task(feed.follow())
         yield
-        await feed.close()
+        await feed.close()  # again: whoever serves this has done it before closing connections
         await following
 
     def steerer(authorization: Annotated[str | None, Header()] = None) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,49 +69,43 @@ def published(access: Access, listener: socket.socket) -> Published:
     return Published(url=f"http://{name}:{port}/#token={access.token}", token=access.token, pid=os.getpid())
 
 
-def make_server(feed: Feed, access: Access, controls: Controls) -> uvicorn.Server:
-    """The web server of one dashboard, not yet serving."""
-    config = uvicorn.Config(
-        create_app(feed, access, controls),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
-        server_header=False,
-        ws="none",
-    )
-    return uvicorn.Server(config)
+class Server(uvicorn.Server):
+    """A web server that lets every page hear of the end before its connection is closed."""
+
+    def __init__(self, feed: Feed, access: Access, controls: Controls) -> None:
+        config = uvicorn.Config(
+            create_app(feed, access, controls),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            server_header=False,
+            ws="none",
+        )
+        super().__init__(config)
+        self._feed = feed
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the streams, then the connections."""
+        await self._feed.close()
+        await super().shutdown(sockets)
 
 
 def serve(feed: Feed, access: Access, controls: Controls, listener: socket.socket, *, until_eof: bool = False) -> None:
     """Serve until Ctrl-C or SIGTERM, or until standard input ends."""
-    server = make_server(feed, access, controls)
+    server = Server(feed, access, controls)
 
     async def run() -> None:
-        async with _ending(server, feed) if until_eof else contextlib.nullcontext():
-            await server.serve(sockets=[listener])
+        if until_eof:
+            asyncio.get_running_loop().add_reader(sys.stdin, end_at_eof)
+        await server.serve(sockets=[listener])
+
+    def end_at_eof() -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin)
+            server.should_exit = True
 
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and hands the signal on
         asyncio.run(run())
-
-
-@contextlib.asynccontextmanager
-async def _ending(server: uvicorn.Server, feed: Feed) -> AsyncIterator[None]:
-    """End server and streams when standard input does."""
-    loop = asyncio.get_running_loop()
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def end() -> None:
-        await feed.close()  # every page hears of the end before its connection is closed
-        server.should_exit = True
-
-    def read() -> None:
-        if not os.read(sys.stdin.fileno(), 4096):
-            loop.remove_reader(sys.stdin)
-            tasks.add(loop.create_task(end()))
-
-    loop.add_reader(sys.stdin, read)
-    yield
-    loop.remove_reader(sys.stdin)
 
 
 def main() -> int:

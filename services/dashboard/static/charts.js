@@ -46,8 +46,14 @@ const DEFINITIONS = [
     lines: [{ name: "learning_rate", label: "now", color: "--series-other" }] },
 ];
 
-/** Resolves a colour of the style sheet for the canvas. */
+let colors = {};
+
+/** Resolves a colour of the style sheet for the canvas; kept until the theme changes, because asking is slow. */
 function colorOf(name) {
+  return (colors[name] ??= resolve(name));
+}
+
+function resolve(name) {
   const probe = document.createElement("i");
   probe.style.color = `var(${name})`;
   document.body.append(probe);
@@ -218,10 +224,11 @@ class Chart {
     }
     const { series, axis, low, high, toX, marks, events } = latest;
     if (this.definition.ramp) {
-      for (let k = this.lines.length; series[`${this.definition.ramp}${k}`]; k += 1) {
+      const before = this.lines.length;
+      for (let k = before; series[`${this.definition.ramp}${k}`]; k += 1) {
         this.addLine({ name: `${this.definition.ramp}${k}`, label: String(k + 1), color: "--series-main" });
-        this.paint();
       }
+      if (this.lines.length > before) this.paint();
     }
     let scale = 1;
     if (this.definition.isBytes) {
@@ -388,7 +395,9 @@ export class Charts {
     for (const chart of this.charts) chart.update({ series, axis, low, high, toX, marks, events: places });
   }
 
+  /** Takes the colours over from a style sheet that has changed. */
   repaint() {
+    colors = {};
     for (const chart of this.charts) if (chart.plot) chart.paint();
   }
 

@@ -57,9 +57,15 @@ export function follow({ lastId, headers, onUpdate, onReset, onConnection }) {
     }
   }
 
+  // A browser may keep a page that was left, to come back to it, and its connection with it: after six of them it opens
+  // no other one. On coming back the loop below goes on.
+  const leave = () => abort.abort();
+  addEventListener("pagehide", leave);
+
   function stop() {
     isStopped = true;
     abort.abort();
+    removeEventListener("pagehide", leave);
   }
 
   (async () => {

@@ -19,7 +19,7 @@ from services.dashboard import feed as feed_module
 from services.dashboard.access import Access
 from services.dashboard.controls import Scale, Steer
 from services.dashboard.feed import Feed
-from services.dashboard.server import listen, make_server
+from services.dashboard.server import Server, listen
 from services.errors import SlipstreamError, UsageError
 
 TIMEOUT_S = 20
@@ -50,7 +50,7 @@ class Dashboard:
         self.listener = listen(self.access, 0)
         self.port = self.listener.getsockname()[1]
         self.feed = Feed(output_dir, follows_driver=True, clock=lambda: 100.0)
-        self.server = make_server(self.feed, self.access, self.driver)
+        self.server = Server(self.feed, self.access, self.driver)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.listener])), daemon=True)
         self.thread.start()
 
