@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evaluation.report import Report
+from services.contracts import Event, TargetState
+from services.telemetry import Journal
+from trainer import observer as observer_module
+from trainer.console import RunConsole
+from trainer.observer import Observer
+
+SERVING = TargetState(index=0, state="serving", address="127.0.0.1:5000")
+
+
+class Parts:
+    """What an observer looks at: telemetry, table and coordinator, each as it is at the moment."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.tokens_captured = self.tokens_trained = self.resident_bytes = 0
+        self.written: list[dict[str, Any]] = []
+
+    def read(self, block_ms: int) -> list[dict[str, Any]]:
+        assert block_ms == 0, "the driver waits for no record"
+        records, self.records = self.records, []
+        return records
+
+    def info(self) -> Any:
+        return SimpleNamespace(resident_bytes=self.resident_bytes, peak_bytes=2000, capacity_bytes=4000)
+
+    def take(self, record: dict[str, Any]) -> None:
+        self.written.append(record)
+
+    def close(self) -> None:
+        pass
+
+    def kinds(self) -> list[str]:
+        return [record["kind"] for record in self.written]
+
+
+@pytest.fixture
+def parts() -> Parts:
+    return Parts()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(observer_module.time, "monotonic", lambda: now.s)
+    return now
+
+
+@pytest.fixture
+def observer(parts: Parts, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Observer:
+    progress = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(observer_module, "result_of", lambda *_, **__: parts)
+    coordinator, journal = SimpleNamespace(progress=progress), Journal([parts])
+    return Observer(RunConsole(to_stderr=True), journal, parts, parts, coordinator, lambda: [SERVING], 1000.0)  # type: ignore[arg-type]
+
+
+def step(number: int, time_s: float, loss: float) -> dict[str, Any]:
+    return {
+        "kind": "step", "time_s": time_s, "step": number, "total_steps": 9, "metrics": {"loss": loss},
+        "tokens_per_s": 5.0, "wait_fraction": None,
+    }  # fmt: skip
+
+
+def test_records_of_ranks_are_written_as_they_are_and_shown_as_running_means(observer: Observer, parts: Parts) -> None:
+    parts.records = [step(1, 1007.5, 4.0), step(2, 1008.0, 2.0)]
+    observer.look()
+    assert [record for record in parts.written if record["kind"] == "step"] == [
+        step(1, 1007.5, 4.0),
+        step(2, 1008.0, 2.0),
+    ]
+    assert (observer.state.step, observer.state.total_steps, observer.state.metrics) == (2, 9, {"loss": 3.0})
+    assert observer.first_step_s == 7.5
+
+
+def test_figures_are_written_once_a_second_with_the_rate_of_capture(
+    observer: Observer, parts: Parts, clock: SimpleNamespace
+) -> None:
+    observer.look()
+    clock.s += 0.5
+    observer.look()
+    assert parts.kinds() == ["figures"]
+    clock.s += 1.5
+    parts.tokens_captured, parts.tokens_trained, parts.resident_bytes = 600, 200, 1500
+    observer.look()
+    figures = parts.written[-1]
+    assert figures["capture_tokens_per_s"] == 600 / 2.0
+    assert (figures["tokens_captured"], figures["tokens_trained"]) == (600, 200)
+    assert (figures["resident_bytes"], figures["peak_bytes"], figures["capacity_bytes"]) == (1500, 2000, 4000)
+    assert figures["targets"] == [{"index": 0, "state": "serving", "address": "127.0.0.1:5000", "message": ""}]
+
+
+def test_phase_is_recorded_at_once_and_the_first_step_begins_training(observer: Observer, parts: Parts) -> None:
+    observer.phase("filling the replay buffer")
+    parts.records = [step(1, 1001.0, 1.0)]
+    observer.look()
+    assert [record.get("phase") for record in parts.written] == [
+        "filling the replay buffer",
+        None,
+        "training",
+        "training",
+    ]
+
+
+def test_beat_asks_nobody(observer: Observer, parts: Parts, clock: SimpleNamespace) -> None:
+    parts.tokens_captured = 7
+    for _ in range(4):
+        observer.beat()
+        clock.s += 0.4
+    assert [record["tokens_captured"] for record in parts.written] == [0, 0], "at 0 s and at 1.2 s, with what is known"
+
+
+def test_events_of_driver_and_parts_are_recorded_alike(observer: Observer, parts: Parts) -> None:
+    parts.records = [{"kind": "event", "time_s": 5.0, "event": "skip", "message": "no tokens"}]
+    observer.drain()
+    observer.report(Event(time_s=6.0, kind="restart", message="target 0 restarted"))
+    assert parts.written == [
+        {"kind": "event", "time_s": 5.0, "event": "skip", "message": "no tokens"},
+        {"kind": "event", "time_s": 6.0, "event": "restart", "message": "target 0 restarted"},
+    ]
+    assert [event.kind for event in observer.events] == ["skip", "restart"]
+
+
+def test_evaluations_are_recorded_with_their_step(observer: Observer, parts: Parts) -> None:
+    values = dict.fromkeys(Report.model_fields, 0) | {
+        "label": "step_40", "checkpoint": "/runs/demo/step_40", "accepted_length": 2.5, "interval": (2.4, 2.6),
+        "accept_rate": (0.8, 0.5), "cond_accept_rate": (), "lossless": True, "first_divergence": None,
+    }  # fmt: skip
+    observer.show_reports([Report.model_validate(values)])
+    (record,) = parts.written
+    del record["time_s"]
+    assert record == {
+        "kind": "evaluation", "label": "step_40", "step": 40, "accepted_length": 2.5, "interval": (2.4, 2.6),
+        "accept_rate": (0.8, 0.5), "lossless": True,
+    }  # fmt: skip
