@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from services.control.records import (
     StopAction,
     actor_name,
 )
+from services.control.requests import MOST_REPLIES
 from services.control.wire import pack_reply, pack_status_reply, unpack_request
 from services.errors import OutputDirError, SlipstreamError, StoppedError, UsageError
 from trainer.output import replace_text
@@ -84,6 +86,8 @@ class Steering:
         self._last_step: int | None = None
         """The last step before the pause; None while the run is not paused."""
         self._stop_requested = False
+        self._replies: OrderedDict[str, Reply] = OrderedDict()
+        """Newest replies by request id: a desk that died has forgotten what it handed on."""
         self._next_post_s = 0.0
 
     def open(self) -> None:
@@ -155,12 +159,17 @@ class Steering:
         return [unpack_request(request) for request in requests]
 
     def _carry_out(self, request: Request) -> Reply:
-        try:
-            message, is_done = self._do(request.action), True
-        except SlipstreamError as error:
-            wrong = isinstance(error, UsageError)
-            return Reply(request_id=request.request_id, is_done=False, message=str(error), is_wrong_usage=wrong)
-        return Reply(request_id=request.request_id, is_done=is_done, message=message)
+        request_id = request.request_id
+        if request_id not in self._replies:
+            try:
+                reply = Reply(request_id=request_id, is_done=True, message=self._do(request.action))
+            except SlipstreamError as error:
+                wrong = isinstance(error, UsageError)
+                reply = Reply(request_id=request_id, is_done=False, message=str(error), is_wrong_usage=wrong)
+            self._replies[request_id] = reply
+            if len(self._replies) > MOST_REPLIES:
+                self._replies.popitem(last=False)
+        return self._replies[request_id]
 
     def _do(self, action: Action) -> str:
         """Do what is asked; returns what that means, in words."""
@@ -204,6 +213,8 @@ class Steering:
             return "the run stops already"
         self._stop_requested = True
         self._say("stop", "asked to stop")
+        if self._board.status.state == "starting":
+            return "the run stops before it trains; the same command again starts it"
         if self._board.status.state == "measuring":
             return "the run stops; it has trained, and the same command again measures its drafter"
         return "the run stops after its step and writes a checkpoint; the same command again goes on from there"

@@ -200,7 +200,7 @@ class RunControl:
         try:
             return self._order(StopAction(), request_id)
         except RunEndedError:
-            return Reply(request_id=request_id or "", is_done=True, message=f"run {self.run_id} has ended")
+            return Reply(request_id=request_id or "", is_done=True, message="the run has ended")
 
     def _order(self, action: Action, request_id: str | None) -> Reply:
         answer = self._ask(action, request_id, REPLY_TIMEOUT_S)
@@ -231,7 +231,7 @@ class RunControl:
                     raise
                 time.sleep(min(1.0, left_s))  # Ray restarts the desk
             except ray.exceptions.RayActorError as error:
-                raise RunEndedError(f"run {self.run_id} ended before it answered") from error
+                raise RunEndedError(f"run {self.run_id} has ended") from error
             else:
                 if answer is not None:
                     return unpack_reply(answer)

@@ -155,13 +155,24 @@ def test_second_driver_of_a_run_is_refused(start: Callable[[str], Run], monkeypa
         start("demo-ffffff")
 
 
+def test_desk_that_died_comes_back_and_is_used_again(start: Callable[[str], Run]) -> None:
+    run = start("demo-012345")
+    control = attach("demo-012345")
+    assert control.scale(2).is_done
+    wait_until(lambda: control.status().num_targets_wanted == 2, "the posted number of targets")
+    ray.kill(ray.get_actor(actor_name("demo-012345"), namespace=NAMESPACE), no_restart=False)
+    assert control.scale(3).message == "targets scaled from 2 to 3"
+    wait_until(lambda: control.status().num_targets_wanted == 3, "the posted number of targets")
+    assert run.told == ["scale 2", "scale 3"], "a request that the dead desk had handed on is not carried out again"
+
+
 def test_run_that_ends_while_it_is_asked_says_so(start: Callable[[str], Run], tmp_path: Path) -> None:
     run = start("demo-abcdef")
     control = attach("demo-abcdef")
     ray.kill(ray.get_actor(actor_name("demo-abcdef"), namespace=NAMESPACE))
-    with pytest.raises(RunEndedError, match="demo-abcdef ended before it answered"):
+    with pytest.raises(RunEndedError, match="run demo-abcdef has ended"):
         control.status()
-    assert control.stop().message == "run demo-abcdef has ended"
+    assert control.stop().message == "the run has ended"
     wait_until(lambda: [event.kind for event in run.events] == ["control"], "the driver noticing that its desk is gone")
     with pytest.raises(UnknownRunError, match="not on this cluster any more"):
         RunControl("demo-abcdef")

@@ -55,18 +55,25 @@ class Run:
         self.board = StatusBoard(status)
         self.steering = Steering(self.board, self.job, self.events.append)
         self.steering.enter(state)
+        self.num_asked = 0
 
-    def ask(self, action: Action) -> Reply:
-        return self.steering._carry_out(Request(request_id="r", action=action))
+    def ask(self, action: Action, request_id: str | None = None) -> Reply:
+        self.num_asked += 1
+        return self.steering._carry_out(Request(request_id=request_id or str(self.num_asked), action=action))
 
 
 def test_scale_is_carried_out_and_shown() -> None:
     run = Run("training")
-    assert run.ask(ScaleAction(targets=3)) == Reply(
-        request_id="r", is_done=True, message="targets scaled from 1 to 3"
-    )  # fmt: skip
+    assert run.ask(ScaleAction(targets=3), "a").message == "targets scaled from 1 to 3"
     assert run.job.told == ["scale 3"]
     assert run.board.status.num_targets_wanted == 3
+
+
+def test_request_that_a_new_desk_hands_on_again_is_answered_and_not_carried_out() -> None:
+    run = Run("training")
+    replies = [run.ask(ScaleAction(targets=3), "a") for _ in range(2)]
+    assert replies[0] == replies[1] == Reply(request_id="a", is_done=True, message="targets scaled from 1 to 3")
+    assert run.job.told == ["scale 3"]
 
 
 def test_scale_out_of_bounds_is_wrong_usage_and_changes_nothing() -> None:
