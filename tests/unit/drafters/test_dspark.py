@@ -115,9 +115,10 @@ def test_a_row_trains_alike_alone_and_in_a_padded_batch(make_drafter, make_batch
     )
 
 
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
 @pytest.mark.parametrize("lengths", [(20, 14, 17, 11), (20, 14, 6, 6)])
-def test_two_ranks_sum_to_the_whole_batch(make_drafter, make_batch, lengths):
-    drafter, batch = make_drafter(), make_batch(*lengths)
+def test_two_ranks_sum_to_the_whole_batch(make_drafter, make_batch, lengths, algorithm):
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(*lengths)
     whole, whole_gradients = train(drafter, batch, anchor_seeds=SEEDS)
 
     halves = [slice(0, 2), slice(2, 4)]
