@@ -1,0 +1,22 @@
+"""The demo with each drafter that is not its first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import SMALL, Command
+
+from drafters import load_drafter
+
+BATCH = 4
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("drafter", ["dflash", "eagle3"])
+def test_demo_trains_and_decodes_with_another_drafter(slipstream: Callable[..., Command], drafter: str) -> None:
+    summary = slipstream("demo", "--drafter", drafter, "--steps", "6", "--no-dashboard", "--json", *SMALL).json()
+    assert summary["ledger"]["balanced"]
+    assert summary["ledger"]["trained"] == 6 * BATCH
+    assert summary["lossless"] is True
+    assert load_drafter(summary["checkpoint"]).algorithm == drafter
