@@ -121,6 +121,11 @@ class FeatureBatch:
         Raises:
             ValueError: There is a NaN or an infinity; the message says in which sample and at which token.
         """
+        # A row whose sum is finite has no NaN and no infinity, and sums take a thirtieth of the time.
+        context = self.target_hidden_states.sum(-1, dtype=torch.float32).isfinite()
+        last = self.target_last_hidden_states.sum(-1, dtype=torch.float32).isfinite()
+        if bool((context & (last | ~last_rows)).all()):
+            return
         # Masked attention multiplies values that it does not see by zero, which leaves a NaN a NaN: every row counts.
         context = ~self.target_hidden_states.isfinite().all(-1)
         last = ~self.target_last_hidden_states.isfinite().all(-1) & last_rows
