@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from evaluation.config import EvaluationConfig
+from services.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from evaluation.report import Report
@@ -20,6 +21,7 @@ class EvaluatorActor:
     def __init__(self, model: str, prompts: list[list[int]], config: EvaluationConfig) -> None:
         from evaluation.evaluator import Evaluator
 
+        keep_freed_memory()
         self._evaluator = Evaluator(model, prompts, config)
 
     def evaluate(self, checkpoint: str, label: str) -> Report:

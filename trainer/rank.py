@@ -11,6 +11,7 @@ import ray
 
 from services.contracts import StepLease, StepReport, TableSignature
 from services.errors import DeadlineError
+from services.memory import keep_freed_memory
 from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.figures import TrainResult
 from trainer.recipe import Recipe
@@ -118,6 +119,7 @@ class TrainerRank:
     ) -> None:
         from trainer.training import load_libraries
 
+        keep_freed_memory()
         self._rank = rank
         self._recipe = recipe
         self._redis = (redis_url, prefix)

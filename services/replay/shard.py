@@ -33,6 +33,7 @@ from services.errors import (
     UnknownSampleError,
     WireError,
 )
+from services.memory import keep_freed_memory
 from services.replay.config import ReplayConfig
 from services.replay.connect import connect
 from services.replay.registry import TargetRegistry
@@ -130,6 +131,7 @@ class ReplayShard:
             SignatureError: The table holds something else.
             ReplayUnavailableError: Redis stayed away for 30 s.
         """
+        keep_freed_memory()
         self._attach()
         pool = ThreadPoolExecutor(self._config.pulls, thread_name_prefix="pull")
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from services.contracts import TargetDescription
 from services.errors import DeadlineError, SlipstreamError, TargetError
+from services.memory import keep_freed_memory
 from services.target.config import TargetConfig
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TargetServer:
             self._server.stop(grace_s)
 
     def _load(self) -> None:
+        keep_freed_memory()
         try:
             import torch
 

@@ -104,17 +104,18 @@ class _Run:
 
     def __init__(self, decoder: nn.Module, batch: Sequence[CaptureInputs], dtype: torch.dtype) -> None:
         self._decoder: Any = decoder
+        config: Any = decoder.config
         self._device = next(decoder.parameters()).device
         self._layer_ids = batch[0].layer_ids
         self._all_rows = [_Row(index, inputs) for index, inputs in enumerate(batch)]
         self.rows = self._all_rows
         self._num_prompt_columns = max(len(row.prompt) for row in self.rows)
         num_columns = self._num_prompt_columns + max(row.settings.max_new_tokens for row in self.rows)
-        shape = (len(batch), num_columns, len(self._layer_ids), self._decoder.config.hidden_size)
+        shape = (len(batch), num_columns, len(self._layer_ids), config.hidden_size)
         self._context_BTLD = torch.empty(shape, dtype=dtype, device=self._device)
         self._last_BTD = torch.empty(shape[0], shape[1], shape[3], dtype=dtype, device=self._device)
         self._mask_BT = torch.zeros(shape[:2], dtype=torch.long, device=self._device)
-        self._cache = DynamicCache(config=self._decoder.config)
+        self._cache = DynamicCache(config=config)
         self._num_columns = 0
 
     @property
