@@ -22,4 +22,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())

@@ -15,10 +15,14 @@ from services.telemetry import Journal, TelemetryReader
 from trainer.checkpoint import checkpoint_step
 from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.console import RunConsole, RunState
+from trainer.rate import WindowedRate
 
 FIGURES_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
 
+
+RATE_WINDOW_S = 10.0
+"""Tokens a second are counted over so long."""
 
 SMOOTHING_STEPS = 20
 """Metrics on display are running means over about so many steps; the history keeps each step's own."""
@@ -62,7 +66,7 @@ class Observer:
         self._peak_bytes = info.peak_bytes
         self._next_figures_s = 0.0
         self._num_steps = 0
-        self._captured: tuple[float, int] | None = None
+        self._capture_rate, self._train_rate = WindowedRate(RATE_WINDOW_S), WindowedRate(RATE_WINDOW_S)
 
     def phase(self, text: str) -> None:
         """Show what the run does now."""
@@ -153,15 +157,12 @@ class Observer:
             name: (1 - weight) * self.state.metrics.get(name, value) + weight * value
             for name, value in record["metrics"].items()
         }
-        self.state.train_tokens_per_s = record["tokens_per_s"]
         self.state.wait_fraction = record["wait_fraction"]
 
     def _read_figures(self, now_s: float) -> None:
         progress, info = self.progress(), self._table.info()
-        if self._captured is not None:
-            then_s, then_tokens = self._captured
-            self.state.capture_tokens_per_s = (progress.tokens_captured - then_tokens) / (now_s - then_s)
-        self._captured = (now_s, progress.tokens_captured)
+        self.state.capture_tokens_per_s = self._capture_rate.add(now_s, progress.tokens_captured)
+        self.state.train_tokens_per_s = self._train_rate.add(now_s, progress.tokens_trained)
         self.state.resident_bytes = info.resident_bytes
         self._peak_bytes = info.peak_bytes
 
