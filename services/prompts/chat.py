@@ -34,6 +34,9 @@ KNOWN_ROLES = frozenset({"system", "user", "assistant", "tool"})
 PLACEHOLDER = "\ue000slipstream\ue001"
 """Stands for a turn's content; private-use characters, which text does not have and templates do not trim."""
 
+GEMMA4_EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
+"""Gemma-4 without thinking writes this before each answer; it is context, not loss (specs/drafters.md)."""
+
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -82,6 +85,7 @@ class ChatEncoder:
         """
         self._system_prompt = system_prompt
         self._enable_thinking = enable_thinking
+        self._thought = "" if enable_thinking else _empty_thought(folder)
         config = _read_json(folder / "tokenizer_config.json")
         self._special_tokens = {name: _token_text(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
         self._template = _compile(_find_template(folder, config), folder)
@@ -108,10 +112,16 @@ class ChatEncoder:
         assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not assistants:
             raise UnusablePromptError("no assistant turn", "there is nothing to learn from")
+        messages = [self._with_thought(message) for message in messages]
         text = self.render(messages)
         spans = [self._span(messages, i, text) for i in assistants]
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return Encoded(tuple(encoding.ids), mask_of_spans([start for start, _ in encoding.offsets], spans))
+
+    def _with_thought(self, message: Message) -> Message:
+        if message["role"] != "assistant" or message["content"].startswith(self._thought):
+            return message
+        return {"role": "assistant", "content": self._thought + message["content"]}
 
     def _with_system_prompt(self, messages: Conversation) -> Conversation:
         if self._system_prompt is None or messages[0]["role"] == "system":
@@ -163,6 +173,8 @@ class ChatEncoder:
         until = self.render(messages[: i + 1])
         start = len(prompt) if text.startswith(prompt) else self._start_in_context(messages, i, text, prompt)
         end = len(until) if text.startswith(until) else self._end_in_context(messages, i, text)
+        if self._thought and text.startswith(self._thought, start):
+            start += len(self._thought)
         if end <= start:
             raise _inconsistent(i, "its end comes before its beginning")
         return start, end
@@ -241,6 +253,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PromptError(f"{path} is not a JSON object")
     return value
+
+
+def _empty_thought(folder: Path) -> str:
+    path = folder / "config.json"
+    model_type = str(_read_json(path).get("model_type", "")) if path.exists() else ""
+    return GEMMA4_EMPTY_THOUGHT if model_type.startswith("gemma4") else ""
 
 
 def _token_text(token: str | dict[str, Any]) -> str:

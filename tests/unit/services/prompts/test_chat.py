@@ -221,3 +221,19 @@ def test_conversation_without_a_user_turn_has_no_question(make_folder):
     encoder = ChatEncoder(make_folder(), system_prompt=None, enable_thinking=False)
     with pytest.raises(UnusablePromptError, match="no user turn"):
         encoder.encode_question([{"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize("content", ["ab", "<|channel>thought\n<channel|>ab"])
+def test_gemma4_answer_without_a_thought_is_given_an_empty_one_as_context(make_folder, content):
+    folder = make_folder()
+    plain = ChatEncoder(folder, system_prompt=None, enable_thinking=False)
+    (folder / "config.json").write_text('{"model_type": "gemma4_text"}')
+    gemma = ChatEncoder(folder, system_prompt=None, enable_thinking=False)
+    thinking = ChatEncoder(folder, system_prompt=None, enable_thinking=True)
+    chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": content}]
+    full = [chat[0], {"role": "assistant", "content": "<|channel>thought\n<channel|>ab"}]
+    encoded, reference = gemma.encode(chat), plain.encode(full)
+    assert encoded.input_ids == reference.input_ids
+    assert encoded.num_loss_tokens == plain.encode([chat[0], {"role": "assistant", "content": "ab"}]).num_loss_tokens
+    assert encoded.num_loss_tokens < reference.num_loss_tokens
+    assert thinking.encode(chat) == plain.encode(chat)
