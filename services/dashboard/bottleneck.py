@@ -114,4 +114,4 @@ def _nearly_empty(fill: float) -> str:
 
 
 def _percent(part: float) -> str:
-    return f"{100 * part:.0f} %"
+    return f"{100 * part:.0f}\N{NO-BREAK SPACE}%"

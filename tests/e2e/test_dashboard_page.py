@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from browser import browser_paths, open_browser
 from conftest import SMALL, Command, steps_done
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from waiting import wait_until
@@ -21,7 +21,7 @@ Start = Callable[..., Command]
 
 pytestmark = [
     pytest.mark.skipif(browser_paths() is None, reason="no chromium and chromedriver on PATH to drive the page with"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(400),
 ]
 
 WAIT_S = 60.0
@@ -228,6 +228,17 @@ def test_page_fits_its_window(browser: Chrome, written: Served, width: int) -> N
     browser.get(written.url)
     wait_until(lambda: points(browser, "accepted") == 20, "a curve")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_mouse_chooses_a_part_of_the_axis_and_a_double_click_shows_all(browser: Chrome, written: Served) -> None:
+    browser.get(written.url)
+    wait_until(lambda: points(browser, "accepted") == 20, "a curve")
+    plot = browser.find_element(By.CSS_SELECTOR, "#chart-accepted .plot")
+    drag = ActionChains(browser).move_to_element(plot).click_and_hold().move_by_offset(plot.size["width"] // 4, 0)
+    drag.release().perform()
+    wait_until(lambda: 4 <= points(browser, "loss") <= 8, lambda: f"{points(browser, 'loss')} steps in a quarter")
+    ActionChains(browser).double_click(plot).perform()
+    wait_until(lambda: points(browser, "loss") == 20, "the whole run")
 
 
 def test_theme_can_be_switched_and_is_kept(browser: Chrome, written: Served) -> None:

@@ -240,7 +240,11 @@ function showEvents(status) {
     const button = Object.assign(document.createElement("button"), { type: "button", title: new Date(1000 * event.time_s).toLocaleString() });
     const time = Object.assign(document.createElement("time"), { textContent: `step ${whole(event.step)}` });
     const words = document.createElement("span");
-    words.append(Object.assign(document.createElement("b"), { textContent: `${event.event} ` }), event.message);
+    // Most messages begin with, or have in them, what the event's kind says.
+    if (!event.message.toLowerCase().includes(event.event.replace(/e$/, ""))) {
+      words.append(Object.assign(document.createElement("b"), { textContent: event.event }));
+    }
+    words.append(event.message);
     button.append(time, words);
     const mark = () => charts.setCursorAt(event[page.axis]);
     for (const kind of ["pointerenter", "focus"]) button.addEventListener(kind, mark);
@@ -262,7 +266,7 @@ function showAbout(status) {
     Drafter: [status.algorithm, status.block_size && `${status.block_size} tokens a block`].filter(Boolean).join(", "),
     Captured: status.tokens_captured === null ? null : `${whole(status.tokens_captured)} tokens`,
     Trained: status.tokens_trained === null ? null : `${whole(status.tokens_trained)} tokens`,
-    Reuse: status.reuse > 1 ? `each capture trains ${status.reuse} times` : null, "Buffer’s peak": peak, Attempt: status.attempt > 1 ? String(status.attempt) : null, Folder: status.output_dir,
+    Reuse: status.reuse > 1 ? `each capture trains ${status.reuse} times` : null, "Buffer’s peak": peak, Attempt: status.attempt > 1 ? String(status.attempt) : null, Folder: status.output_dir.split("/").slice(-1)[0],
   };
   const key = JSON.stringify(facts);
   if (key === page.aboutKey) return;
@@ -270,6 +274,7 @@ function showAbout(status) {
   by("about").replaceChildren(...Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [
     Object.assign(document.createElement("dt"), { textContent: name }), Object.assign(document.createElement("dd"), { textContent: value }),
   ]));
+  by("about").lastElementChild.title = status.output_dir;
 }
 
 function wire() {

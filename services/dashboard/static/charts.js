@@ -8,6 +8,7 @@ const TALL_HEIGHT = 260;
 const LEFT = 46;
 const RIGHT = 20;
 const TABLE_ROWS = 12;
+const LEAST_DRAG = 0.01; // of the axis: less is a click
 
 const DEFINITIONS = [
   {
@@ -107,15 +108,17 @@ class Chart {
     this.plotBox.dataset.empty = "nothing yet";
     this.plotBox.style.minHeight = `${definition.tall ? TALL_HEIGHT : HEIGHT}px`;
     this.cursor = element("i", { className: "cursor", hidden: true });
+    this.selection = element("i", { className: "selection", hidden: true });
     this.table = element("div");
     this.details = element("details", { className: "as-table" }, element("summary", { textContent: "As a table" }), this.table);
     this.details.addEventListener("toggle", () => this.fillTable());
+    this.unit = element("span", { className: "unit note" });
     const title = element("h2", { textContent: definition.title });
     this.note = element("span", { className: "note", textContent: definition.note ?? "" });
     title.append(this.note);
     this.root = element(
       "figure", { className: `card chart empty${definition.tall ? " tall" : ""}`, id: `chart-${definition.id}` },
-      element("figcaption", {}, title, this.legend), this.plotBox, this.details,
+      element("figcaption", {}, title, this.legend), this.plotBox, this.details, this.unit,
     );
   }
 
@@ -123,13 +126,11 @@ class Chart {
     const { definition } = this;
     const P = Bokeh.Plotting;
     this.yRange = new Bokeh.Range1d({ start: 0, end: 1 });
-    const canDrag = matchMedia("(pointer: fine)").matches;
     this.plot = P.figure({
       height: definition.tall ? TALL_HEIGHT : HEIGHT, sizing_mode: "stretch_width", toolbar_location: null, tools: "",
       x_range: this.range, y_range: this.yRange, background_fill_alpha: 0, border_fill_color: null, outline_line_color: null,
       min_border_left: LEFT, min_border_right: RIGHT, min_border_top: 6, min_border_bottom: 24,
     });
-    if (canDrag) this.plot.add_tools(new Bokeh.BoxZoomTool({ dimensions: "width" }));
     this.events = new Bokeh.ColumnDataSource({ data: { x: [] } });
     this.eventLines = this.plot.vspan({ field: "x" }, { source: this.events, line_dash: "dotted", line_width: 1, line_alpha: 0.6 });
     this.marks = new Bokeh.ColumnDataSource({ data: { x: [], y: [], low: [], high: [] } });
@@ -145,7 +146,7 @@ class Chart {
       this.legend.append(element("span", {}, this.markSwatch, "decoded τ ", this.markValue));
     }
     this.paint();
-    this.plotBox.append(this.cursor);
+    this.plotBox.append(this.cursor, this.selection);
     this.update(this.latest); // before it is shown: then the first picture is whole
     this.view = await P.show(this.plot, this.plotBox);
     requestAnimationFrame(() => { this.root.dataset.drawn = "true"; });
@@ -158,7 +159,7 @@ class Chart {
       made.area = this.plot.varea({ field: "x" }, 0, { field: "y" }, { source, fill_alpha: 0.16 });
     }
     made.glyph = this.plot.line({ field: "x" }, { field: "y" }, {
-      source, line_width: line.faint ? 1 : 2, line_alpha: line.faint ? 0.22 : 1, line_join: "round",
+      source, line_width: line.faint ? 1 : 2, line_alpha: line.faint ? 0.2 : 1, line_join: "round",
       ...(line.dashed ? { line_dash: [5, 4] } : {}),
     });
     this.lines.push(made);
@@ -248,6 +249,7 @@ class Chart {
       line.x = where.slice(first, end).map(toX);
       line.y = scale === 1 ? found.value.slice(first, end) : found.value.slice(first, end).map((value) => value / scale);
     }
+    this.unit.textContent = this.shared.unit.unit;
     this.newMarks = marks;
     this.newEvents = events;
     this.isDirty = true;
@@ -332,6 +334,23 @@ class Chart {
     return box ? { left: box.left, width: box.width } : null;
   }
 
+  /** Where on the axis a pointer is: 0 at its start, 1 at its end. */
+  partAt(event) {
+    const frame = this.frame();
+    return frame ? (event.clientX - this.plotBox.getBoundingClientRect().left - frame.left) / frame.width : NaN;
+  }
+
+  placeAt(part) {
+    return this.range.start + part * (this.range.end - this.range.start);
+  }
+
+  select(first, width) {
+    const frame = this.frame();
+    this.selection.hidden = !frame || width === 0;
+    if (this.selection.hidden) return;
+    Object.assign(this.selection.style, { left: `${frame.left + first * frame.width}px`, width: `${width * frame.width}px` });
+  }
+
   setCursor(x) {
     if (!this.view) return;
     const frame = this.frame();
@@ -350,7 +369,6 @@ export class Charts {
   constructor(container, onZoom) {
     this.axis = "step";
     this.unit = { unit: "", size: 1 };
-    this.isOurs = false;
     this.charts = DEFINITIONS.map((definition) => new Chart(definition, this));
     container.replaceChildren(...this.charts.map((chart) => chart.root));
     const seen = new IntersectionObserver((entries) => {
@@ -365,11 +383,7 @@ export class Charts {
       chart.plotBox.addEventListener("pointermove", (event) => this.point(chart, event));
       chart.plotBox.addEventListener("pointerleave", () => this.setCursor(null));
       chart.plotBox.addEventListener("dblclick", () => onZoom(-Infinity, Infinity));
-      chart.range.change.connect(() => {
-        if (this.isOurs) return;
-        clearTimeout(this.zooming);
-        this.zooming = setTimeout(() => onZoom(chart.range.start * this.unit.size, chart.range.end * this.unit.size), 60);
-      });
+      chart.plotBox.addEventListener("pointerdown", (event) => this.drag(chart, event, onZoom));
     }
   }
 
@@ -389,9 +403,7 @@ export class Charts {
       low: found.map((one) => one.interval[0]), high: found.map((one) => one.interval[1]),
     };
     const places = [...new Set(events.map((event) => toX(event[axis])))];
-    this.isOurs = true;
     for (const chart of this.charts) chart.range.setv({ start: toX(low), end: toX(high) });
-    this.isOurs = false;
     for (const chart of this.charts) chart.update({ series, axis, low, high, toX, marks, events: places });
   }
 
@@ -402,11 +414,30 @@ export class Charts {
   }
 
   point(chart, event) {
-    const frame = chart.frame();
-    if (!frame) return;
-    const part = (event.clientX - chart.plotBox.getBoundingClientRect().left - frame.left) / frame.width;
-    const { start, end } = chart.range;
-    this.setCursor(part >= 0 && part <= 1 ? start + part * (end - start) : null);
+    const part = chart.partAt(event);
+    this.setCursor(part >= 0 && part <= 1 ? chart.placeAt(part) : null);
+  }
+
+  /** The mouse chooses a part of the axis; a finger scrolls the page. */
+  drag(chart, down, onZoom) {
+    if (down.pointerType !== "mouse" || down.button !== 0 || !chart.frame()) return;
+    down.preventDefault(); // selects no text
+    const clamp = (part) => Math.min(1, Math.max(0, part));
+    const first = clamp(chart.partAt(down));
+    let last = first;
+    const abort = new AbortController();
+    const options = { signal: abort.signal };
+    addEventListener("pointermove", (event) => {
+      last = clamp(chart.partAt(event));
+      chart.select(Math.min(first, last), Math.abs(last - first));
+    }, options);
+    addEventListener("pointerup", () => {
+      abort.abort();
+      chart.select(0, 0);
+      if (Math.abs(last - first) < LEAST_DRAG) return;
+      const [low, high] = [first, last].sort((a, b) => a - b).map((part) => chart.placeAt(part) * this.unit.size);
+      onZoom(low, high);
+    }, options);
   }
 
   /** Puts the cursor of every chart at a place on the axis; null takes it away. */

@@ -3,7 +3,7 @@
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 
 export const whole = (value) => grouped.format(value);
-export const percent = (value) => `${(100 * value).toFixed(value > 0.0005 && value < 0.0995 ? 1 : 0)} %`;
+export const percent = (value) => `${(100 * value).toFixed(value > 0.0005 && value < 0.0995 ? 1 : 0)}\u00a0%`;
 export const fixed = (digits) => (value) => value.toFixed(digits);
 
 /** 1234 → 1,234; 12345 → 12.3 k; small values keep a digit. */

@@ -4,12 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from services.dashboard.bottleneck import Load, find_bottleneck
+from services.dashboard.bottleneck import Load, Verdict
+from services.dashboard.bottleneck import find_bottleneck as find
 
 LOAD = Load(
     run="qwen-1", wait_fraction=0.35, fill=0.04, capture_tokens_per_s=900.0, train_tokens_per_s=900.0,
     num_serving=2, num_targets=2,
 )  # fmt: skip
+
+
+def find_bottleneck(load: Load) -> Verdict:
+    """The verdict with ordinary spaces."""
+    verdict = find(load)
+    return replace(verdict, text=verdict.text.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def test_waiting_beside_an_empty_buffer_is_capture() -> None:
