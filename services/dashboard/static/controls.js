@@ -75,12 +75,12 @@ export class Controls {
     by("token-form").hidden = this.isUnlocked || !this.status.is_live;
     by("buttons").hidden = !this.isUnlocked || !this.status.is_live;
     by("wanted").value = this.wanted ?? this.targets;
-    by("fewer").disabled = (this.wanted ?? this.targets) <= 0;
+    by("fewer").disabled = (this.wanted ?? this.targets) <= 1; // a pause is how to use none
     by("pause").textContent = this.status.state === "paused" ? "Continue" : "Pause";
   }
 
   change(by_) {
-    this.wanted = Math.max(0, (this.wanted ?? this.targets) + by_);
+    this.wanted = Math.max(1, (this.wanted ?? this.targets) + by_);
     this.show();
     clearTimeout(this.settling);
     this.settling = setTimeout(async () => {
