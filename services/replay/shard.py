@@ -350,7 +350,7 @@ class ReplayShard:
             if self._stop.is_set():
                 raise TargetUnavailableError("the shard is stopping")
             if job.generate and (length := known.num_tokens - job.num_tokens) < job.generate.min_new_tokens:
-                self._fail(job, f"the target's answer has only {length} tokens", retry=True)
+                self._abandon(job, f"the target's answer has only {length} tokens", retry=True)
                 return None
             verify(chunk, payload)
             self._table.put_chunk(job, len(chunks), payload)
@@ -363,6 +363,11 @@ class ReplayShard:
         return rounded if rounded >= self._signature.context_row_bytes else int(self._config.chunk)
 
     def _fail(self, job: CaptureJob, reason: str, *, retry: bool = False) -> None:
+        if self._abandon(job, reason, retry=retry):
+            self._event("capture", f"capture {job.capture} failed: {reason}")
+
+    def _abandon(self, job: CaptureJob, reason: str, *, retry: bool) -> bool:
+        """Give the job up and its bytes back; False if it is somebody else's by now."""
         outcome = Outcome(
             capture=job.capture,
             attempt=job.attempt,
@@ -371,9 +376,9 @@ class ReplayShard:
             retry=retry,
             reason=reason,
         )
-        if self._table.abandon(job, outcome):
-            self._count(num_failed=1)
-            self._event("capture", f"capture {job.capture} failed: {reason}")
+        is_ours = self._table.abandon(job, outcome)
+        self._count(num_failed=int(is_ours))
+        return is_ours
 
     def _event(self, kind: str, message: str) -> None:
         logger.info("%s: %s", kind, message)

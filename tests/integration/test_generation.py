@@ -85,9 +85,7 @@ def test_rows_that_stop_early_leave_the_batch_and_change_nothing_for_the_others(
     own = [greedy(folder, prompt, 12) for prompt in PROMPTS]
     stops = [own[0][:1], own[1][1:2], own[2][:1], []]  # three of four end within two tokens
     results = engine.capture([inputs_of(p, stop=s) for p, s in zip(PROMPTS, stops, strict=True)])
-    ended = [
-        answer[: answer.index(stop[0]) + 1] if stop else answer for answer, stop in zip(own, stops, strict=True)
-    ]
+    ended = [answer[: answer.index(stop[0]) + 1] if stop else answer for answer, stop in zip(own, stops, strict=True)]
     assert [list(result.answer) for result in results] == ended
     assert len(results[3].answer) == 12
     (alone,) = engine.capture([inputs_of(PROMPTS[3])])

@@ -142,7 +142,10 @@ def test_only_trainer_ranks_import_deepspeed() -> None:
 
 
 def test_services_import_transformers_in_the_engine_alone() -> None:
-    assert {name for name in importers("transformers") if name.startswith("services.")} <= {"services.target.engine", "services.target.generation"}
+    assert {name for name in importers("transformers") if name.startswith("services.")} <= {
+        "services.target.engine",
+        "services.target.generation",
+    }
 
 
 def test_proto_is_left_to_proto_plus() -> None:
