@@ -41,7 +41,7 @@ __all__ = ["Coordinator", "CoordinatorSettings", "LedgerSummary", "Progress"]
 
 logger = logging.getLogger(__name__)
 
-FEED_PERIOD_S = 0.02
+FEED_PERIOD_S = 0.05
 """How often an idle feeder looks for outcomes."""
 
 ENCODE_AT_ONCE = 16
