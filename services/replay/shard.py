@@ -381,8 +381,7 @@ class ReplayShard:
         return is_ours
 
     def _event(self, kind: str, message: str) -> None:
-        logger.info("%s: %s", kind, message)
-        logger.warning(message)
+        logger.warning("%s: %s", kind, message)
         self._telemetry.emit("event", event=kind, message=message)
 
     def _count(self, **more: float) -> None:

@@ -70,6 +70,12 @@ class _Target:
     paused_until_s: float = 0.0
     refusal: SignatureError | None = None
 
+    def take_clients(self) -> list[CaptureClient]:
+        """All its clients, which it has no more."""
+        clients = [*self.retired, *([self.client] if self.client is not None else [])]
+        self.client, self.retired = None, []
+        return clients
+
 
 class Targets:
     """The targets a shard knows. Threads may share it; time and the list of live addresses are passed in."""
@@ -89,12 +95,16 @@ class Targets:
     def choose(self, live: Sequence[str], now_s: float) -> str | None:
         """Take a place at the least busy live target that is not paused; `leave` gives it back.
 
+        Targets that are live no more are forgotten, with their clients, once nothing is pulled from them.
+
         Returns:
             Its address, or None: there is none now.
 
         Raises:
             SignatureError: There are live targets and every one was refused.
         """
+        for client in self._forget_all_but(live):
+            client.close()
         with self._lock:
             known = [(address, self._targets.setdefault(address, _Target())) for address in live]
             refusals = [target.refusal for _, target in known if target.refusal]
@@ -169,9 +179,12 @@ class Targets:
     def close(self) -> None:
         """Close all clients; captures that run end with TargetUnavailableError."""
         with self._lock:
-            clients = []
-            for target in self._targets.values():
-                clients += [*target.retired, *([target.client] if target.client is not None else [])]
-                target.client, target.retired = None, []
+            clients = [client for target in self._targets.values() for client in target.take_clients()]
         for client in clients:
             client.close()
+
+    def _forget_all_but(self, live: Sequence[str]) -> list[CaptureClient]:
+        """Forget idle targets that are not live; the clients they had, to be closed."""
+        with self._lock:
+            gone = [address for address, target in self._targets.items() if address not in live and not target.num_busy]
+            return [client for address in gone for client in self._targets.pop(address).take_clients()]

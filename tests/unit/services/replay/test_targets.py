@@ -112,6 +112,21 @@ def test_client_of_a_failed_target_is_closed_when_its_last_capture_has_left() ->
     assert network.clients[0].is_closed
 
 
+def test_target_that_is_live_no_more_is_forgotten_once_nothing_is_pulled_from_it() -> None:
+    network = Network(a=describe(), b=describe())
+    targets = Targets(SIGNATURE, network.connect)
+    for _ in range(2):
+        targets.client(targets.choose(["a", "b"], 0.0) or "")
+    of_a, of_b = network.clients
+    targets.leave("b")
+    targets.choose([], 0.0)
+    assert (of_a.is_closed, of_b.is_closed) == (False, True), "a capture still runs at a"
+    targets.leave("a")
+    targets.choose([], 0.0)
+    assert of_a.is_closed
+    assert targets.client(targets.choose(["a"], 0.0) or "") is network.clients[2], "it may come back"
+
+
 def test_target_that_does_not_answer_leaves_no_open_client() -> None:
     network = Network(a=None)
     targets = Targets(SIGNATURE, network.connect)
