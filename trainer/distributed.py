@@ -131,7 +131,7 @@ def build_engine(drafter: nn.Module, config: TrainerConfig) -> Any:
     import deepspeed
 
     trainable = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     settings = deepspeed_config(config, sum(parameter.numel() for parameter in trainable))
     engine, *_ = deepspeed.initialize(model=drafter, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
