@@ -262,12 +262,15 @@ class Event(Record):
     message: str
 
 
+TargetStateName = Literal["pending", "loading", "serving", "silent", "draining", "failed"]
+
+
 class TargetState(Record):
     """What the driver knows of one target server."""
 
     index: int
     """Number of the server within its run; never given twice."""
-    state: Literal["pending", "loading", "serving", "silent", "draining", "failed"]
+    state: TargetStateName
     """pending: not placed yet. silent: served before and does not answer now, for instance while it restarts.
     draining: published no more, its running captures may finish. failed: it will not come back by itself."""
     address: str | None = None

@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    RayActorError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from services.contracts import Event, TargetDescription, TargetState
 from services.errors import DeadlineError, PlacementError, SlipstreamError, TargetError, UsageError
@@ -114,10 +120,12 @@ class TargetPool:
         """What the serving targets are; all must say the same.
 
         Raises:
-            TargetError: They differ, or one does not answer.
+            TargetError: They differ, one does not answer, or none serves.
         """
         with self._changed:
             pending = [replica.actor.describe.remote() for replica in self._replicas if replica.address]
+        if not pending:
+            raise TargetError(f"no target of {self._config.model} serves")
         try:
             descriptions: list[TargetDescription] = ray.get(pending, timeout=ANSWER_TIMEOUT_S)
         except RayTaskError as error:
@@ -143,7 +151,7 @@ class TargetPool:
             return [replica.record() for replica in self._replicas]
 
     @property
-    def num_wanted(self) -> int:
+    def _num_wanted(self) -> int:
         """Targets that shall serve, as far as the cluster places them."""
         with self._changed:
             return sum(not replica.is_draining for replica in self._replicas)
@@ -166,7 +174,7 @@ class TargetPool:
                 "use no target, or set target.max_replicas in its recipe to allow more"
             )
         with self._changed:
-            before = self.num_wanted
+            before = self._num_wanted
             num_failed = sum(replica.state == "failed" for replica in self._replicas)
             ending = choose_to_end(self._replicas, max(num_failed, before - replicas))  # the failed ones come first
             draining = [replica for replica in ending if replica.state == "serving"]
@@ -174,7 +182,7 @@ class TargetPool:
                 replica.drained_from_s = time.monotonic()
             killed = [replica for replica in ending if replica not in draining]
             self._replicas = [replica for replica in self._replicas if replica not in killed]
-            self._add(replicas - self.num_wanted)
+            self._add(replicas - self._num_wanted)
             if replicas != before or num_failed:
                 self._record("scaling", f"targets scaled from {before} to {replicas}")
             self._changed.notify_all()
@@ -196,7 +204,7 @@ class TargetPool:
         """Raise if the targets can no longer come back by themselves.
 
         Raises:
-            TargetError: Ray gave every target up, or the watcher failed.
+            TargetError: No target will come back by itself, or the watcher failed.
         """
         with self._changed:
             if self._watcher_failure is not None:
@@ -210,7 +218,8 @@ class TargetPool:
         self._wake.set()
         if self._watcher is not None:
             self._watcher.join(STOP_TIMEOUT_S)
-        replicas, self._replicas = self._replicas, []
+        with self._changed:
+            replicas, self._replicas = self._replicas, []
         for replica in replicas:
             ray.kill(replica.actor, no_restart=True)
 
@@ -246,22 +255,12 @@ class TargetPool:
         return not waiting
 
     def _placement_error(self, unplaced: list[int]) -> PlacementError:
-        wanted = self._config.ask.amounts
-        total: dict[str, float] = ray.cluster_resources()
-        free: dict[str, float] = ray.available_resources()
-        figures = ", ".join(
-            f"{amount:g} {name} (the cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free)"
-            for name, amount in wanted.items()
-        )
+        why = self._config.ask.why_not_now(alive_nodes(), ray.available_resources())
         return PlacementError(
             f"targets {unplaced} of {len(self._replicas)} were not placed within {PLACEMENT_TIMEOUT_S:.0f} s: each "
-            f"asks for {figures or 'no resource, so its process did not start in time'}{self._labels_text()}. Lower "
+            f"asks for {why or 'nothing that is missing, so its process did not start in time'}. Lower "
             "target.replicas or what each target asks for (target.num_gpus, num_cpus, resources, labels), or add nodes"
         )
-
-    def _labels_text(self) -> str:
-        labels = ", ".join(f"{key}={value}" for key, value in self._config.labels.items())
-        return f", on a node with {labels}" if labels else ""
 
     def _watch(self) -> None:
         try:
@@ -306,7 +305,7 @@ class TargetPool:
                 if replica in self._replicas and not replica.is_draining:  # `scale` may have ended it meanwhile
                     self._take_in(replica, pulse, now)
             for replica in asked:
-                if replica.address and now - replica.answered_s > SILENCE_S:
+                if replica.address and not replica.is_draining and now - replica.answered_s > SILENCE_S:
                     self._lose(replica, f"has not answered for {SILENCE_S:.0f} s")
             self._changed.notify_all()
 
@@ -354,25 +353,24 @@ class TargetPool:
                 self._record("drained", f"target {replica.index} at {replica.last_address} has ended{how}")
 
     def _take_in(self, replica: Replica, pulse: Any, now: float) -> None:
+        """Note what a ping came back with; the lock is held."""
         try:
             address: str | None = ray.get(pulse)
-        except ActorDiedError as error:
-            replica.is_dead = True
-            replica.failure = TargetError(f"target {replica.index} of {self._config.model} died for good: {error}")
-            self._lose(replica, "died for good")
-            self._record("failed", str(replica.failure))
+        except (ActorDiedError, ActorUnschedulableError, RuntimeEnvSetupError) as error:
+            self._give_up(replica, TargetError(f"a target of {self._config.model} died for good: {error}"))
         except RayActorError:
             if replica.is_placed:
                 replica.is_placed, replica.asked_s = False, now
             self._lose(replica, "lost its process; Ray restarts it")
         except RayTaskError as error:
             replica.is_placed, replica.missing = True, ""
-            was_known, replica.failure = replica.failure is not None, _cause(error, self._config.model)
-            self._lose(replica, str(replica.failure))
+            failure = _cause(error, self._config.model)
             if replica.last_address:
+                replica.failure = failure
+                self._lose(replica, str(failure))
                 self._reload(replica, now)
-            elif replica.is_added and not was_known:  # one that never loaded would only fail again
-                self._record("failed", f"target {replica.index} does not load: {replica.failure}")
+            else:  # it would only fail again, and hold what it was given
+                self._give_up(replica, failure)
         else:
             replica.is_placed, replica.missing = True, ""
             replica.answered_s = now
@@ -388,6 +386,13 @@ class TargetPool:
             self._record("serving", f"target {replica.index} serves at {address}")
         replica.address = replica.last_address = address
         replica.failure, replica.lost = None, ""
+
+    def _give_up(self, replica: Replica, failure: SlipstreamError) -> None:
+        """End a target that will not serve; it stays in sight as failed until `scale` replaces it."""
+        replica.is_dead, replica.failure = True, failure
+        self._lose(replica, "has failed")
+        self._record("failed", f"target {replica.index} has failed: {failure}")
+        ray.kill(replica.actor, no_restart=True)
 
     def _lose(self, replica: Replica, reason: str) -> None:
         if replica.address:

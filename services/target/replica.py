@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from services.contracts import TargetState
+from services.contracts import TargetState, TargetStateName
 from services.errors import SlipstreamError
 
-StateName = Literal["pending", "loading", "serving", "silent", "draining", "failed"]
-
-ENDED_FIRST: tuple[StateName, ...] = ("failed", "pending", "loading", "silent", "serving")
+ENDED_FIRST: tuple[TargetStateName, ...] = ("failed", "pending", "loading", "silent", "serving")
 """Scaling down ends those first that give nothing."""
 
 
@@ -29,7 +27,7 @@ class Replica:
     """The outstanding ping."""
     is_placed: bool = False
     is_dead: bool = False
-    """Ray gave it up; it will not come back."""
+    """Ray gave it up, or it never loaded; it will not come back."""
     address: str | None = None
     """Where it serves; None while it does not answer."""
     last_address: str | None = None
@@ -51,7 +49,7 @@ class Replica:
         return self.drained_from_s is not None
 
     @property
-    def state(self) -> StateName:
+    def state(self) -> TargetStateName:
         """One word for it; `TargetState` says what each means."""
         if self.is_draining:
             return "draining"

@@ -595,12 +595,44 @@ def test_pool_reports_a_target_that_fails_to_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_ray")
+def test_added_target_that_fails_to_load_harms_no_other_and_is_replaced(tmp_path: Path) -> None:
+    import ray
+
+    pool = TargetPool(_config(_save_qwen3(tmp_path), num_cpus=0.5), Board())
+    pool.start()
+    try:
+        (address,) = pool.wait_ready(120.0)
+        weights = tmp_path / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-100])
+        pool.scale(2)
+        wait_until(lambda: _states(pool) == {0: "serving", 1: "failed"}, "the failure of the added target", 120.0)
+        pool.check()
+        assert "cannot be loaded" in pool.states()[1].message
+        wait_until(lambda: ray.available_resources().get("CPU") == 0.5, "the half CPU that it had")
+        weights.write_bytes(whole)
+        pool.scale(2)
+        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the target in its place", 120.0)
+        pool.scale(1)
+        wait_until(lambda: _states(pool) == {0: "serving"}, "the end of the newest target")
+        assert pool.addresses() == [address]
+        kinds = [event.kind for event in pool.events()]
+        assert kinds == ["scaling", "failed", "scaling", "serving", "scaling", "drained"]
+    finally:
+        pool.stop()
+
+
+def _states(pool: TargetPool) -> dict[int, str]:
+    return {target.index: target.state for target in pool.states()}
+
+
+@pytest.mark.usefixtures("own_ray")
 def test_pool_names_the_resource_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "PLACEMENT_TIMEOUT_S", 1.0)
     pool = TargetPool(_config(folder, num_gpus=1), Board())
     pool.start()
     try:
-        with pytest.raises(PlacementError, match=r"targets \[0\] of 1 .* asks for 1 GPU \(the cluster has 0, 0 free\)"):
+        with pytest.raises(PlacementError, match=r"targets \[0\] of 1 .* asks for 1 GPU, the cluster has 0 in all"):
             pool.wait_ready(120.0)
     finally:
         pool.stop()
