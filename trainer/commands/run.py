@@ -22,6 +22,16 @@ NoDashboardOption = Annotated[
     bool, typer.Option("--no-dashboard", help="Show progress in the terminal only; serve no page.")
 ]
 
+DEMO_SETTINGS: dict[str, dict[str, Any]] = {
+    "eagle3": {
+        "drafter.num_draft_layers": 1,
+        "drafter.ttt_length": 5,
+        "trainer.learning_rate": 3e-3,
+        "trainer.max_steps": 1500,
+    }
+}
+"""Where a drafter learns best with other settings than those of the demo's recipe."""
+
 
 def demo(
     overrides: OverridesArgument = None,
@@ -39,15 +49,15 @@ def demo(
     tokens a target forward yields before and after. Stop it at any time; the same command goes on where it stopped.
     """
     package_data = Path(__file__).parents[1] / "demo"
-    options = {
+    options: dict[str, Any] = {
         "target.model": str(package_data / "target"),
         "output_dir": str(output_dir),
         "trainer.max_steps": steps,
         "drafter.algorithm": drafter,
     }
-    # A drafter that learns with other settings than the first has a recipe of its own.
-    own = package_data / f"{drafter}.yaml"
-    recipe = own if own.is_file() else package_data / "recipe.yaml"
+    given = {key: value for key, value in options.items() if value is not None}
+    options = DEMO_SETTINGS.get(drafter or "", {}) | given
+    recipe = package_data / "recipe.yaml"
     _run(recipe, overrides or [], options, as_json=as_json, local_ray=True, dashboard=not no_dashboard)
 
 
