@@ -62,7 +62,8 @@ def run_demo(output_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         SlipstreamError: It failed; why stands on stderr.
     """
-    command = [sys.executable, "-m", "trainer", "demo", "--json", "--output-dir", str(output_dir), *overrides]
+    where = ["--output-dir", str(output_dir)]
+    command = [sys.executable, "-m", "trainer", "demo", "--json", "--no-dashboard", *where, *overrides]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             output, _ = process.communicate()
