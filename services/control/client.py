@@ -183,8 +183,8 @@ class RunControl:
             RunEndedError: It has ended.
             DeadlineError: Its driver does not answer.
         """
-        if targets < 0:
-            raise UsageError(f"targets={targets} is no number of targets; it must be at least 1")
+        if not 0 <= targets < 2**32:  # what the message can hold; the run knows its own bounds
+            raise UsageError(f"targets={targets} is no number of targets; `slipstream status` shows the run's bound")
         return self._order(ScaleAction(targets=targets), request_id)
 
     def pause(self, *, request_id: str | None = None) -> Reply:
@@ -226,9 +226,9 @@ class RunControl:
                 if isinstance(error.cause, SlipstreamError):
                     raise error.cause from None
                 raise
-            except ray.exceptions.ActorUnavailableError:
+            except ray.exceptions.ActorUnavailableError as error:
                 if left_s <= 0:
-                    raise
+                    raise self._too_late(request, timeout_s) from error
                 time.sleep(min(1.0, left_s))  # Ray restarts the desk
             except ray.exceptions.RayActorError as error:
                 raise RunEndedError(f"run {self.run_id} has ended") from error

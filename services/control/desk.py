@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from services.control.records import Reply, RunStatus, StatusAction
-from services.control.requests import RequestBook
+from services.control.requests import RequestBook, Submitted
 from services.control.wire import pack_reply, pack_status_reply, unpack_reply, unpack_request
 from services.errors import WireError
 
@@ -46,21 +46,21 @@ class Desk:
                     if submitted.reply is not None:
                         return submitted.reply
                     if submitted.refusal:
-                        return _refuse(asked.request_id, submitted.refusal)
+                        return _refuse(asked.request_id, submitted)
                     self._arrived.set()
                     await self._answered.wait()
         except TimeoutError:
             return None
 
     async def take(self, wait_s: float) -> list[bytes]:
-        """The requests to carry out, for the driver; waits up to `wait_s` for the first."""
+        """The requests to carry out, for the driver; waits up to `wait_s` for one to come, or to come again."""
         try:
             async with asyncio.timeout(wait_s):
                 await self._arrived.wait()
         except TimeoutError:
             return []
         self._arrived.clear()
-        return self._book.take()
+        return self._book.open()
 
     async def answer(self, request_id: str, reply: bytes) -> None:
         """The driver's reply to a request that it took."""
@@ -73,8 +73,9 @@ class Desk:
         self._status = _read_status(status)
 
 
-def _refuse(request_id: str, message: str) -> bytes:
-    return pack_reply(Reply(request_id=request_id, is_done=False, message=message, is_wrong_usage=True))
+def _refuse(request_id: str, submitted: Submitted) -> bytes:
+    message, is_wrong_usage = submitted.refusal, submitted.is_wrong_usage
+    return pack_reply(Reply(request_id=request_id, is_done=False, message=message, is_wrong_usage=is_wrong_usage))
 
 
 def _read_status(reply: bytes) -> RunStatus:

@@ -122,8 +122,9 @@ def test_repeated_request_is_carried_out_once(start: Callable[[str], Run]) -> No
         control.scale(3, request_id="mine")
     with pytest.raises(UsageError, match="targets=9 must lie between 1 and 4"):
         control.scale(9)
-    with pytest.raises(UsageError, match="targets=-1 is no number of targets"):
-        control.scale(-1)
+    for targets in (-1, 2**32):
+        with pytest.raises(UsageError, match=f"targets={targets} is no number of targets"):
+            control.scale(targets)
     assert run.told == ["scale 2"]
 
 

@@ -51,6 +51,20 @@ def test_callers_of_one_request_wait_for_one_answer() -> None:
     asyncio.run(play())
 
 
+def test_request_that_was_lost_on_its_way_to_the_driver_is_handed_on_when_it_comes_again() -> None:
+    async def play() -> None:
+        desk = make_desk()
+        first = asyncio.create_task(desk.call(packed(PauseAction())))
+        lost = await desk.take(DEADLINE_S)
+        again = asyncio.create_task(desk.call(packed(PauseAction())))
+        assert await desk.take(DEADLINE_S) == lost
+        await desk.answer("r1", pack_reply(DONE))
+        answers = await asyncio.wait_for(asyncio.gather(first, again), DEADLINE_S)
+        assert [unpack_reply(answer or b"") for answer in answers] == [DONE] * 2
+
+    asyncio.run(play())
+
+
 def test_driver_that_waits_gets_a_request_when_it_comes() -> None:
     async def play() -> None:
         desk = make_desk()
