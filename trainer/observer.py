@@ -11,6 +11,7 @@ from evaluation.report import Report
 from services.contracts import Event, TargetState
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
+from services.running_means import RunningMeans
 from services.telemetry import Journal, TelemetryReader
 from trainer.checkpoint import checkpoint_step
 from trainer.cluster import ANSWER_DEADLINE_S, result_of
@@ -20,12 +21,8 @@ from trainer.rate import WindowedRate
 FIGURES_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
 
-
 RATE_WINDOW_S = 10.0
 """Tokens a second are counted over so long."""
-
-SMOOTHING_STEPS = 20
-"""Metrics on display are running means over about so many steps; the history keeps each step's own."""
 
 
 class Observer:
@@ -65,7 +62,7 @@ class Observer:
         self._phase = "starting"
         self._peak_bytes = info.peak_bytes
         self._next_figures_s = 0.0
-        self._num_steps = 0
+        self._means = RunningMeans()
         self._capture_rate, self._train_rate = WindowedRate(RATE_WINDOW_S), WindowedRate(RATE_WINDOW_S)
 
     def phase(self, text: str) -> None:
@@ -151,12 +148,7 @@ class Observer:
             self.phase("training")
         self.state.step = record["step"]
         self.state.total_steps = record["total_steps"]
-        self._num_steps += 1
-        weight = 1 / min(self._num_steps, SMOOTHING_STEPS)
-        self.state.metrics = {
-            name: (1 - weight) * self.state.metrics.get(name, value) + weight * value
-            for name, value in record["metrics"].items()
-        }
+        self.state.metrics = self._means.add(record["metrics"])
         self.state.wait_fraction = record["wait_fraction"]
 
     def _read_figures(self, now_s: float) -> None:

@@ -6,14 +6,12 @@ from typing import Any
 
 from services.contracts import Event, TargetState
 from services.control.records import EvaluationPoint, RunStatus
+from services.running_means import RunningMeans
 
 MOST_EVENTS = 20
 """Newest events that a status carries; the run's history has all of them."""
 
 MOST_EVALUATIONS = 50
-
-SMOOTHING_STEPS = 20
-"""Metrics are running means over about so many steps."""
 
 _FIGURES = (
     "phase",
@@ -35,7 +33,7 @@ class StatusBoard:
 
     def __init__(self, status: RunStatus) -> None:
         self.status = status
-        self._num_steps = 0
+        self._means = RunningMeans()
 
     def take(self, record: dict[str, Any]) -> None:
         """One record; kinds that say nothing about the run's state are passed over."""
@@ -66,15 +64,10 @@ class StatusBoard:
         """Nothing is held."""
 
     def _take_step(self, record: dict[str, Any]) -> None:
-        self._num_steps += 1
-        weight, before = 1 / min(self._num_steps, SMOOTHING_STEPS), self.status.metrics
         self.set(
             step=record["step"],
             total_steps=record["total_steps"] or 0,
-            metrics={
-                name: (1 - weight) * before.get(name, value) + weight * value
-                for name, value in record["metrics"].items()
-            },
+            metrics=self._means.add(record["metrics"]),
             learning_rate=record["learning_rate"],
             train_tokens_per_s=record["tokens_per_s"],
             trainer_wait_fraction=record["wait_fraction"],
