@@ -228,20 +228,25 @@ class Job:
                 self._try_start_evaluation()
 
     def stop_after_step(self) -> None:
-        """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`."""
+        """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`.
+
+        Raises:
+            SlipstreamError: What a rank died of: then that checkpoint is not written.
+        """
         if not self._training:
             return
         self._console.say("stopping after this step; press Ctrl-C again to stop at once")
         self._steering.enter("stopping")
         self._ask_coordinator("stop_granting")
         deadline_s = time.monotonic() + STOP_DEADLINE_S
-        under_way = list(self._training)
-        while under_way and time.monotonic() < deadline_s:
-            _, under_way = ray.wait(under_way, num_returns=len(under_way), timeout=POLL_S)
+        while self._training and time.monotonic() < deadline_s:
+            done, _ = ray.wait(list(self._training), num_returns=1, timeout=POLL_S)
+            for future in done:
+                result_of(future, self._training.pop(future))
             self._observer.look()
             self._steering.look()
         self._observer.drain()
-        if under_way:
+        if self._training:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
     def scale(self, targets: int) -> None:
