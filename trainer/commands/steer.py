@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 REFRESH_S = 1.0
 """How often `--watch` asks; a driver says as often how its run is."""
 
-ENDED_POLL_S = 0.5
 STOP_WAIT_S = 180.0
 """`stop --wait`: a step, its checkpoint and the end of every part."""
 
@@ -81,7 +80,8 @@ def scale(
     """
     with _errors():
         targets = parse_targets(settings)
-        _steer(run, address, lambda control: control.scale(targets, request_id=request_id), as_json=as_json)
+        control = _attach(run, address)
+        _show(control, control.scale(targets, request_id=request_id), as_json=as_json)
 
 
 def pause(
@@ -92,7 +92,8 @@ def pause(
 ) -> None:
     """Begin no further optimizer step; targets idle once the buffer is full."""
     with _errors():
-        _steer(run, address, lambda control: control.pause(request_id=request_id), as_json=as_json)
+        control = _attach(run, address)
+        _show(control, control.pause(request_id=request_id), as_json=as_json)
 
 
 def continue_(
@@ -103,7 +104,8 @@ def continue_(
 ) -> None:
     """Go on after a pause."""
     with _errors():
-        _steer(run, address, lambda control: control.continue_(request_id=request_id), as_json=as_json)
+        control = _attach(run, address)
+        _show(control, control.continue_(request_id=request_id), as_json=as_json)
 
 
 def stop(
@@ -115,9 +117,13 @@ def stop(
 ) -> None:
     """Finish the step, write a checkpoint and end the run; the command that started it goes on from there."""
     with _errors():
-        control = _steer(run, address, lambda control: control.stop(request_id=request_id), as_json=as_json)
-        if wait:
-            _wait_ended(control.run_id)
+        from services.control.ending import RunEnd
+
+        control = _attach(run, address)
+        end = RunEnd.of(control) if wait else None
+        _show(control, control.stop(request_id=request_id), as_json=as_json)
+        if end is not None:
+            end.wait(STOP_WAIT_S)
 
 
 def parse_targets(settings: Sequence[str]) -> int:
@@ -135,16 +141,17 @@ def parse_targets(settings: Sequence[str]) -> int:
     raise UsageError(f"{' '.join(settings)!r} must be targets=N, for example targets=3: only targets can be scaled")
 
 
-def _steer(run: str, address: str | None, order: Callable[[RunControl], Reply], *, as_json: bool) -> RunControl:
+def _attach(run: str, address: str | None) -> RunControl:
     from services.control.client import attach
 
-    control = attach(run, address=address)
-    reply = order(control)
+    return attach(run, address=address)
+
+
+def _show(control: RunControl, reply: Reply, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run_id": control.run_id, "request_id": reply.request_id, "message": reply.message}))
     else:
         print(f"{control.run_id}: {reply.message}")
-    return control
 
 
 def _status_source(run: str | None, address: str | None) -> Callable[[], list[RunStatus]]:
@@ -190,17 +197,6 @@ def _watch(ask: Callable[[], list[RunStatus]]) -> None:
         console.print(str(error))
     except KeyboardInterrupt:
         return
-
-
-def _wait_ended(run_id: str) -> None:
-    from services.control.client import running_runs
-    from services.errors import DeadlineError
-
-    deadline_s = time.monotonic() + STOP_WAIT_S
-    while run_id in running_runs():
-        if time.monotonic() >= deadline_s:
-            raise DeadlineError(f"run {run_id} has not ended within {STOP_WAIT_S:g} s; see its driver's output")
-        time.sleep(ENDED_POLL_S)
 
 
 @contextmanager
