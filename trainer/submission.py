@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,9 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 POLL_S = 1.0
 """How often the job's status is asked where its log does not stream."""
+
+TAIL_S = 600.0
+"""How long one stream of the log is followed: a connection that broke without a word is made anew then."""
 
 AWAY_DEADLINE_S = 60.0
 """How long the job server may be away before following a job is given up."""
@@ -164,15 +168,17 @@ class Submission:
                 if self._num_shown > num_shown:
                     last_heard_s = time.monotonic()
                 if time.monotonic() > last_heard_s + AWAY_DEADLINE_S:
-                    raise ClusterError(
-                        f"the job server at {self.address} went away ({error}); whether job {self.job_id} still runs, "
-                        f"ray job status {self.job_id} can say when it is back"
-                    ) from error
+                    raise self._went_away(error) from error
             time.sleep(POLL_S)
 
     def result(self) -> JobResult:
-        """How the job ended; call it after `follow`."""
-        details = self._client.get_job_info(self.job_id)
+        """How the job ended; call it after `follow`.
+
+        Raises:
+            ClusterError: The job server went away.
+        """
+        with self._reaching():
+            details = self._client.get_job_info(self.job_id)
         status = JobStatus(details.status)
         if status is JobStatus.SUCCEEDED:
             return JobResult(status.value, "", 0)
@@ -181,9 +187,14 @@ class Submission:
         return JobResult(status.value, "", details.driver_exit_code or 1)
 
     def as_json(self) -> dict[str, Any]:
-        """One object for scripts: the job, its status, and the run's own summary where it got that far."""
-        status = self._status()
-        summary = last_json_line(self._client.get_job_logs(self.job_id)) if status.is_terminal() else None
+        """One object for scripts: the job, its status, and the run's own summary where it got that far.
+
+        Raises:
+            ClusterError: The job server went away.
+        """
+        with self._reaching():
+            status = self._status()
+            summary = last_json_line(self._client.get_job_logs(self.job_id)) if status.is_terminal() else None
         return {
             "job_id": self.job_id,
             "address": self.address,
@@ -191,14 +202,29 @@ class Submission:
             "summary": summary,
         }
 
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            raise self._went_away(error) from error
+
+    def _went_away(self, error: Exception) -> ClusterError:
+        return ClusterError(
+            f"the job server at {self.address} went away ({error}); whether job {self.job_id} still runs, "
+            f"ray job status {self.job_id} can say when it is back"
+        )
+
     async def _tail(self, show: Callable[[str], None]) -> None:
         """Show what of the log has not been shown; the server sends all of it, from its beginning."""
         position = 0
-        async for text in self._client.tail_job_logs(self.job_id):
-            position += len(text)
-            if position > self._num_shown:
-                show(text[max(0, len(text) - (position - self._num_shown)) :])
-                self._num_shown = position
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TAIL_S):
+                async for text in self._client.tail_job_logs(self.job_id):
+                    position += len(text)
+                    if position > self._num_shown:
+                        show(text[max(0, len(text) - (position - self._num_shown)) :])
+                        self._num_shown = position
 
     def _status(self) -> JobStatus:
         return JobStatus(self._client.get_job_status(self.job_id))
@@ -255,5 +281,8 @@ def last_json_line(log: str) -> dict[str, Any] | None:
     lines = log.rstrip().splitlines()
     if not lines or not lines[-1].startswith("{"):
         return None
-    last: dict[str, Any] = json.loads(lines[-1])
+    try:
+        last: dict[str, Any] = json.loads(lines[-1])
+    except ValueError:  # a line of something else
+        return None
     return last

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import ray
 
 from services.errors import ClusterError, RecipeError, UsageError
-from trainer.submission import ADDRESS_VARIABLES, check_recipe, connect, job_environment, last_json_line
+from trainer import submission as submission_module
+from trainer.submission import ADDRESS_VARIABLES, Submission, check_recipe, connect, job_environment, last_json_line
 
 RECIPE = "target: {model: somewhere}\nprompts: {source: train.jsonl}\n"
 
@@ -109,7 +111,37 @@ def test_job_finds_this_python_first_and_has_time_to_stop() -> None:
 
 @pytest.mark.parametrize(
     ("log", "expected"),
-    [('training\n{"run_id": "demo-1"}\n', {"run_id": "demo-1"}), ("training\nerror: no\n", None), ("", None)],
+    [
+        ('training\n{"run_id": "demo-1"}\n', {"run_id": "demo-1"}),
+        ("training\nerror: no\n", None),
+        ("{not JSON", None),
+        ("", None),
+    ],
 )
 def test_summary_is_the_last_line_of_a_log(log: str, expected: object) -> None:
     assert last_json_line(log) == expected
+
+
+class SilentServer:
+    """A job client whose first stream breaks off without a word, and whose second one has the whole log."""
+
+    def __init__(self) -> None:
+        self.num_streams = 0
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        self.num_streams += 1
+        yield "one "
+        if self.num_streams == 1:
+            await asyncio.Event().wait()
+        yield "two"
+
+    def get_job_status(self, job_id: str) -> str:
+        return "RUNNING" if self.num_streams == 1 else "SUCCEEDED"
+
+
+def test_log_goes_on_where_a_stream_that_fell_silent_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission_module, "TAIL_S", 0.05)
+    monkeypatch.setattr(submission_module, "POLL_S", 0.0)
+    shown: list[str] = []
+    Submission(SilentServer(), "job").follow(shown.append)  # type: ignore[arg-type]
+    assert shown == ["one ", "two"]
