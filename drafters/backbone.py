@@ -21,6 +21,9 @@ from drafters.families.layer import DraftLayer
 FIRST_CACHE_ROWS = 64
 """Context rows that a drafting cache has room for at first; it doubles as needed."""
 
+SCATTERED_OVER = 512
+"""Positions that the ``permute_context`` control scatters context rows over."""
+
 
 class ContextCache:
     """Keys and values of one layer's context rows, growing without copying everything at each append."""
@@ -145,7 +148,7 @@ class BlockBackbone(Drafter):
         total = state.num_context + len(features)
         positions = torch.arange(state.num_context, total)
         if self.settings.permute_context:
-            positions = _anywhere_before(positions, state.generator)
+            positions = _anywhere(len(positions), state.generator)
         rope = self._rope(context, positions[None].to(context.device))
         for layer, cache in zip(self._block_layers, state.caches, strict=True):
             cache.append(layer.self_attn.keys_values(context, rope))
@@ -207,14 +210,13 @@ class BlockBackbone(Drafter):
             return blocks.context_positions
         positions = torch.empty(batch.input_ids.numel(), dtype=torch.long)
         for sample, generator in zip(batch.samples, generators, strict=True):
-            own = torch.arange(sample.end - sample.start)
-            positions[slice(*sample)] = _anywhere_before(own, generator)
+            positions[slice(*sample)] = _anywhere(sample.end - sample.start, generator)
         return positions[blocks.context_rows]
 
 
-def _anywhere_before(positions: Tensor, generator: torch.Generator) -> Tensor:
-    """A random position up to each row's own: it needs no future, so drafting draws as training does."""
-    return (torch.rand(len(positions), generator=generator) * (positions + 1)).long()
+def _anywhere(count: int, generator: torch.Generator) -> Tensor:
+    """Positions that say nothing of a row's own, nor of how long the sample is: drafting draws as training does."""
+    return torch.randint(SCATTERED_OVER, (count,), generator=generator)
 
 
 def _rows_at(features: Tensor, places: Tensor) -> Tensor:

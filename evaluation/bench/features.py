@@ -1,8 +1,8 @@
 """What the streamed features are worth: the same run with and without their order.
 
-The control run is the demo with `drafter.permute_context=true`: every anchor sees the same features as before, each at
-a random position up to its own, in training and in drafting alike. What it still reaches it owes to the anchor token,
-to the Markov head and to features as a bag; the gap to the real run is what the target's context contributes.
+The control run is the demo with `drafter.permute_context=true`: every anchor sees the same features as before, but at
+random positions, in training and in drafting alike. What it still reaches it owes to the anchor token, to the Markov
+head and to features as a bag; the gap to the real run is what the target's context contributes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,9 @@ class FeatureWorth(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """One object for scripts."""
-        runs = {"ordered": self.ordered, "permuted": self.permuted}
         return {
-            **{
-                name: {key: run[key] for key in run if key.startswith("accepted_length") or key in ("steps", "total_s")}
-                for name, run in runs.items()
-            },
+            "ordered": self.ordered,
+            "permuted": self.permuted,
             "ratio": self.ratio,
             "intervals_apart": self.intervals_apart,
             "hardware": describe_hardware(),
