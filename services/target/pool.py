@@ -45,7 +45,7 @@ DRAIN_DEADLINE_S = 120.0
 """How long the captures of a target that shall end may still run."""
 
 SILENCE_S = 5.0
-"""A target that has not answered for this long is published no more, until it answers again."""
+"""A target that has not answered a ping for this long is published no more, until it does."""
 
 RELOAD_PAUSE_S = 30.0
 """Least time between two restarts of a target that came up and then failed to load or compute."""
@@ -295,6 +295,7 @@ class TargetPool:
             if replica.pulse is None:
                 # Not retried: a restart shall show at once, and not as silence.
                 replica.pulse = replica.actor.ping.options(max_task_retries=0).remote()
+                replica.pinged_s = time.monotonic()
             pulses[replica.pulse] = replica
         answered, _ = ray.wait(list(pulses), num_returns=len(pulses), timeout=timeout_s) if pulses else ([], [])
         now = time.monotonic()
@@ -305,7 +306,9 @@ class TargetPool:
                 if replica in self._replicas and not replica.is_draining:  # `scale` may have ended it meanwhile
                     self._take_in(replica, pulse, now)
             for replica in asked:
-                if replica.address and not replica.is_draining and now - replica.answered_s > SILENCE_S:
+                # Counted from the ping: the watcher itself may have stood still since the last answer.
+                is_silent = replica.pulse is not None and now - replica.pinged_s > SILENCE_S
+                if is_silent and replica.address and not replica.is_draining:
                     self._lose(replica, f"has not answered for {SILENCE_S:.0f} s")
             self._changed.notify_all()
 
@@ -326,6 +329,8 @@ class TargetPool:
                         "pending",
                         f"target {replica.index} waits for {missing}; it comes up when the cluster has room",
                     )
+                if replica.missing and not missing:
+                    replica.asked_s = now  # Ray begins to place it: what looks taken next may be its own
                 replica.missing = missing
 
     def _drain(self, published_s: float) -> None:
@@ -373,7 +378,6 @@ class TargetPool:
                 self._give_up(replica, failure)
         else:
             replica.is_placed, replica.missing = True, ""
-            replica.answered_s = now
             if address is None:
                 self._lose(replica, "lost its process; the restarted one loads")
             else:

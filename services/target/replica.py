@@ -25,6 +25,8 @@ class Replica:
     """Started by `scale`, not with the run."""
     pulse: Any = None
     """The outstanding ping."""
+    pinged_s: float = 0.0
+    """When it was sent."""
     is_placed: bool = False
     is_dead: bool = False
     """Ray gave it up, or it never loaded; it will not come back."""
@@ -36,7 +38,6 @@ class Replica:
     """What the cluster lacks to place it."""
     lost: str = ""
     """Why it does not answer any more."""
-    answered_s: float = 0.0
     restarted_s: float = float("-inf")
     drained_from_s: float | None = None
     """When it was told to end; its running captures finish first."""
