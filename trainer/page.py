@@ -23,9 +23,16 @@ def own_dashboard(output_dir: Path, console: RunConsole) -> Iterator[None]:
         try:
             console.say(f"dashboard: {process.url()}")
         except SlipstreamError as error:
-            console.say(f"no dashboard: {error}")
+            if not ending.is_set():
+                console.say(f"no dashboard: {error}")
 
+    ending = threading.Event()
     with DashboardProcess(output_dir) as process:
         announcing = threading.Thread(target=announce, name="dashboard-url", daemon=True)
         announcing.start()
-        yield
+        try:
+            yield
+        finally:
+            ending.set()
+            process.stop()
+            announcing.join()

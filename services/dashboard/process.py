@@ -70,16 +70,21 @@ class DashboardProcess:
         """Whether it still runs."""
         return self._process.poll() is None
 
-    def close(self) -> None:
-        """End it; its pages hear of everything recorded so far. Again: nothing happens."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+    def stop(self) -> None:
+        """End it; its pages hear of everything recorded so far, and who waits for `url` that it will not come."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
             self._process.wait(CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def close(self) -> None:
+        """End it and close its pipes; nobody may be waiting for `url` any more. Again: nothing happens."""
+        self.stop()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

@@ -34,7 +34,7 @@ def fails(command: Command, code: int, *words: str) -> None:
         ("drafter.target_layer_ids=[1,2,3,4,7]", ("target_layer_ids [1, 2, 3, 4, 7]", "8 layers")),
         ("drafter.target_layer_ids=[3,1]", ("ascend",)),
         ("drafter.mask_token_id=512", ("mask_token_id 512", "512")),
-        ("prompts.max_length=100000", ("max_length 100000", "2048")),
+        ("prompts.max_length=100000", ("max_length 100000", "12288")),
         ("replay.capacity=1MiB", ("replay.capacity", "need")),
         ("prompts.source=nowhere.jsonl", ("nowhere.jsonl",)),
     ],
