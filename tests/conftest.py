@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
+
+# A shell that starts this process in the background has it ignore Ctrl-C, and every command that a test starts, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no counterexample.
 settings.register_profile("slipstream", deadline=None)
