@@ -40,8 +40,8 @@ def test_only_the_second_run_permutes_and_both_get_the_overrides() -> None:
     demo, said = FakeDemo(summary(3.0, 2.8, 3.2), summary(2.0, 1.9, 2.1)), []
     worth = measure_feature_worth(["trainer.max_steps=4"], said.append, demo)
     (first_dir, first), (second_dir, second) = demo.calls
-    assert first == ["trainer.max_steps=4"]
-    assert second == ["trainer.max_steps=4", "drafter.permute_context=true"]
+    assert first == ["evaluation.max_samples=160", "trainer.max_steps=4"]
+    assert second == [*first, "drafter.permute_context=true"]
     assert first_dir != second_dir
     assert not first_dir.parent.exists(), "the runs' files are removed"
     assert len(said) == 2
