@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from evaluation.bench.hardware import describe_hardware
 from services.errors import SlipstreamError
 
-
 NUM_SAMPLES = 160
 """Held-out prompts to decode unless the overrides say otherwise: with 48 the intervals are ±12 % and just touch."""
 
