@@ -227,13 +227,12 @@ def test_later_epochs_and_resumed_runs_use_the_answers_of_the_first(run: Run):
     assert summary.balanced
     assert (summary.planned, summary.trained, summary.skipped) == (20, 18, 2)
     assert coordinator.progress().skipped == {"too few loss tokens": 2}
-    assert run.num_answered <= 14  # ten prompts; some of the second epoch are encoded before the first has ended
+    assert 10 <= run.num_answered < 20  # ten prompts; the second epoch begins before every one is answered
 
     again = run.start(epochs=2, generation=2, own_answers=True)
     before = run.num_answered
     run.train_step(again, lease_of(again, 1, 2), generation=2)
     assert run.num_answered == before
-    assert run.capture_one().generate is None
 
 
 def test_whole_plan_is_trained_and_balances(run: Run):
