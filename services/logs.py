@@ -150,7 +150,7 @@ def logged(cls: type, place: LogPlace) -> type:
         try:
             start_logging(place)
         except OSError as error:  # a node without the run's storage can still do its work; Ray keeps its stderr
-            sys.stderr.write(f"no log in {place.path}: {error}" + "\n")
+            sys.stderr.write(f"no log in {place.path}: {error}\n")
         cls.__init__(self, *args, **options)  # type: ignore[misc]  # that very one
 
     functions = {
