@@ -227,7 +227,7 @@ def _demo(output_dir: Path, overrides: Sequence[str]) -> Iterator[subprocess.Pop
                 log.seek(0)
                 raise SlipstreamError(f"{shlex.join(command)} ended with {driver.returncode}:\n{log.read()[-2000:]}")
         finally:
-            driver.send_signal(signal.SIGINT)
+            driver.send_signal(signal.SIGTERM)
             try:
                 driver.wait(STOP_DEADLINE_S)
             except subprocess.TimeoutExpired:
