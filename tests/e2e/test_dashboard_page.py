@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import browser_paths, open_browser
-from conftest import SMALL, Command, steps_done
+from commands import SMALL, Command, steps_done
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, Command, steps_done
+from commands import SMALL, Command, steps_done
 from waiting import wait_until
 
 from drafters import load_drafter

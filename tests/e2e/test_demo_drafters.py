@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from conftest import SMALL, Command
+from commands import SMALL, Command
 
 from drafters import load_drafter
 

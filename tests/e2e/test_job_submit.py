@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import MARK, SMALL, steps_done
+from commands import MARK, SMALL, steps_done
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from waiting import wait_until
 

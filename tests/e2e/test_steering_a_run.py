@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import MARK, SMALL
+from commands import MARK, SMALL
 from waiting import wait_until
 
 import trainer.demo
