@@ -15,14 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from services.dashboard.decimation import kept_rows
+from services.running_means import SMOOTHING_STEPS
 
 Axis = Literal["step", "elapsed_s"]
-
-SMOOTHING_STEPS = 20
-"""Smoothed series are running means over about so many steps, as in the terminal."""
-
-SMOOTHING_FIGURES = 20
-"""The same for what is measured once a second."""
 
 MOST_EVENTS = 500
 """Events kept; a run that restarts a target every minute has so many in eight hours."""
@@ -71,10 +66,10 @@ class Table:
         column = self.columns.get(name)
         return column[-1] if column and math.isfinite(column[-1]) else None
 
-    def smoothed(self, name: str, value: float, rows: int) -> float:
-        """The next value of a running mean that is kept in a column."""
+    def smoothed(self, name: str, value: float) -> float:
+        """The next value of a running mean that is kept in a column, over as many steps as the terminal's."""
         before = self.last(name)
-        return value if before is None else before + (value - before) / min(len(self) + 1, rows)
+        return value if before is None else before + (value - before) / min(len(self) + 1, SMOOTHING_STEPS)
 
 
 class History:
@@ -203,17 +198,16 @@ class History:
             values["expected"] = smoothed["expected_smooth"] = metrics["tau_probabilistic"]
         smoothed |= {name: value for name, value in metrics.items() if name.startswith("accept_rate@")}
         for name, value in smoothed.items():
-            values[name] = table.smoothed(name, value, SMOOTHING_STEPS)
+            values[name] = table.smoothed(name, value)
         table.append(offset, record["step"], self._elapsed_s(record["time_s"]), values)
 
     def _take_figures(self, offset: int, record: dict[str, Any]) -> None:
         self.figures = record
         table = self.seconds
-        rate = table.smoothed("capture_tokens_per_s", record["capture_tokens_per_s"], SMOOTHING_FIGURES)
         values = {
             "resident_bytes": record["resident_bytes"],
             "capacity_bytes": record["capacity_bytes"],
-            "capture_tokens_per_s": rate,
+            "capture_tokens_per_s": record["capture_tokens_per_s"],
         }
         table.append(offset, record.get("step", self.num_steps), self._elapsed_s(record["time_s"]), values)
 
