@@ -28,6 +28,8 @@ class TrainingOutput:
     Attributes:
         loss: Scalar with gradient. With ``reduce``: this rank's part, and the sum over ranks is the global loss.
         metrics: Global metrics by name.
+        rejections: [B] float32, for each of this rank's samples the mean of 1 − acceptance over what was scored of it;
+            NaN where nothing was.
         draft_logits: [B, A, γ, V], with the Markov bias; this and what follows only with ``return_logits``. Eagle3's
             are [steps, B, T, V], and the rest is None.
         target_ids: [B, A, γ] labels.
@@ -38,6 +40,7 @@ class TrainingOutput:
 
     loss: Tensor
     metrics: dict[str, float]
+    rejections: Tensor
     draft_logits: Tensor | None = None
     target_ids: Tensor | None = None
     eval_mask: Tensor | None = None
@@ -124,6 +127,7 @@ class Drafter(nn.Module, ABC):
         anchors: tuple[Tensor, Tensor] | None = None,
         anchor_seeds: Sequence[int] | None = None,
         sample_weights: Tensor | None = None,
+        importance_weights: Tensor | None = None,
         return_logits: bool = False,
         reduce: Reduce | None = None,
         **loss_settings: float,

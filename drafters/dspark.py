@@ -36,7 +36,15 @@ from drafters.losses import (
     slot_weights,
 )
 from drafters.markov import MarkovHead, build_markov_head
-from drafters.metrics import MetricSums, Reduce, add_acceptance, add_confidence, add_coverage, keep_local
+from drafters.metrics import (
+    MetricSums,
+    Reduce,
+    add_acceptance,
+    add_confidence,
+    add_coverage,
+    keep_local,
+    sample_rejections,
+)
 
 
 class SlotOutputs(NamedTuple):
@@ -92,6 +100,7 @@ class DSparkDrafter(BlockBackbone):
         anchors: tuple[Tensor, Tensor] | None = None,
         anchor_seeds: Sequence[int] | None = None,
         sample_weights: Tensor | None = None,
+        importance_weights: Tensor | None = None,
         return_logits: bool = False,
         reduce: Reduce | None = None,
         **loss_settings: float,
@@ -103,6 +112,8 @@ class DSparkDrafter(BlockBackbone):
             anchors: Positions [B, A] int64 within the samples, ascending, and keep [B, A] bool. Otherwise drawn.
             anchor_seeds: One a sample, which its anchors alone depend on. Otherwise torch's global generator seeds.
             sample_weights: [B] float32, how often each sample counts in loss and metrics; default ones.
+            importance_weights: [B] float32 above 0, what each sample's loss is multiplied by; default ones. Unlike
+                sample weights they enter no denominator and no metric.
             return_logits: Give logits, labels and masks of all slots too. Needs [B, A, γ, V] twice.
             reduce: Sums a 1-D float32 tensor over ranks; called exactly twice, whatever the batch holds.
             **loss_settings: Any field of `LossSettings`, instead of the drafter's own.
@@ -128,10 +139,13 @@ class DSparkDrafter(BlockBackbone):
         slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.num_drafts, samples)
         weights = slot_weights(slots.eval_mask, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
+        loss_weights = weights
+        if importance_weights is not None:
+            loss_weights = weights * importance_weights.to(device, torch.float32)[:, None, None]
 
         blocks = PackedBlocks.of(drawn, samples)
         outputs = self._run_heads(self.block_hidden(batch, blocks, generators), batch, blocks, slots.labels)
-        rows = self._rows(outputs, batch, slots, weights.flatten(0, 1)[outputs.chosen] / denominator, alphas)
+        rows = self._rows(outputs, batch, slots, loss_weights.flatten(0, 1)[outputs.chosen] / denominator, alphas)
         vocabulary = self._vocabulary()
         plain = return_logits or self.settings.loss == "plain"
         loss, terms = (plain_loss if plain else fused_loss)(rows, vocabulary)
@@ -143,7 +157,7 @@ class DSparkDrafter(BlockBackbone):
             confidence = outputs.of_all(outputs.confidence, slots.eval_mask)
             term = confidence_loss(confidence[counted], terms.acceptance)
             losses["confidence_loss"] = (term.detach(), alphas.confidence_head_alpha)
-            loss = loss + alphas.confidence_head_alpha * (term * weights[counted]).sum() / denominator
+            loss = loss + alphas.confidence_head_alpha * (term * loss_weights[counted]).sum() / denominator
 
         metrics = MetricSums()
         for name, (term, _) in losses.items():
@@ -157,15 +171,17 @@ class DSparkDrafter(BlockBackbone):
         add_coverage(
             metrics, num_candidates, num_tokens, drawn.keep, slots.eval_mask, sample_weights, self.settings.num_anchors
         )
+        rejections = sample_rejections(terms.acceptance, counted.nonzero()[:, 0], len(samples))
         means = metrics.means(reduce)
         means["loss"] = sum(alpha * means[name] for name, (_, alpha) in losses.items())
         if not return_logits:
-            return TrainingOutput(loss, means)
+            return TrainingOutput(loss, means, rejections)
         draft_logits = vocabulary.draft_logits(outputs.hidden, outputs.latent)
         states = batch.target_last_hidden_states.flatten(0, 1)[slots.target_rows]
         return TrainingOutput(
             loss,
             means,
+            rejections,
             draft_logits=outputs.of_all(draft_logits, slots.eval_mask),
             target_ids=slots.labels,
             eval_mask=slots.eval_mask,

@@ -27,7 +27,7 @@ from drafters.eagle3_rows import PackedRows, Supervision
 from drafters.families.family import Family
 from drafters.families.layer import DraftLayer
 from drafters.losses import Vocabulary
-from drafters.metrics import MetricSums, Reduce, keep_local
+from drafters.metrics import MetricSums, Reduce, keep_local, sample_rejections
 
 SMALLEST_COUNT = 1e-6
 """Samples that a batch is divided by at least, so that one without any has loss 0."""
@@ -85,6 +85,7 @@ class Eagle3Drafter(Drafter):
         anchors: tuple[Tensor, Tensor] | None = None,
         anchor_seeds: Sequence[int] | None = None,
         sample_weights: Tensor | None = None,
+        importance_weights: Tensor | None = None,
         return_logits: bool = False,
         reduce: Reduce | None = None,
         **loss_settings: float,
@@ -102,6 +103,8 @@ class Eagle3Drafter(Drafter):
             anchors: Not used: every position drafts.
             anchor_seeds: Not used.
             sample_weights: [B] float32, how often each row counts in loss and metrics; default ones.
+            importance_weights: [B] float32 above 0, what each row's loss is multiplied by; default ones. Unlike sample
+                weights they enter no denominator and no metric.
             return_logits: Give logits of all positions too. Needs [S, B, T, V].
             reduce: Sums a 1-D float32 tensor over ranks; called exactly twice, whatever the batch holds.
             **loss_settings: ``step_loss_decay``, instead of the drafter's own: step i weighs this to the power i.
@@ -131,7 +134,10 @@ class Eagle3Drafter(Drafter):
         queries = PackedRows.of_spans(batch, supervision.spans)
         everything = PackedRows.of_spans(batch, [Span(0, span.end) for span in supervision.spans])
         hidden = self._unroll(batch, everything, queries)
-        weights = (sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT)))[supervision.samples]
+        shares = sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT))
+        if importance_weights is not None:
+            shares = shares * importance_weights.to(device, torch.float32)
+        weights = shares[supervision.samples]
         steps = []
         for step, outputs in enumerate(hidden):
             targets = (supervision.places >= step).nonzero().squeeze(1)
@@ -146,13 +152,16 @@ class Eagle3Drafter(Drafter):
 
         metrics = MetricSums()
         _add_metrics(metrics, terms, steps, supervision, batch, sample_weights, 1 / num_ranks)
+        scored_samples = torch.cat([supervision.samples[step.targets] for step in steps])
+        acceptance = torch.cat([each.acceptance for each in terms])
+        rejections = sample_rejections(acceptance, scored_samples, len(batch.samples))
         means = metrics.means(reduce)
         means["loss"] = sum(decay**step * means[f"ploss_{step}"] for step in range(len(steps)))
         draft_logits = None
         if return_logits:
             logits = torch.stack([self.head_logits(self.norm(outputs)) for outputs in hidden])
             draft_logits = logits.view(len(hidden), *batch.input_ids.shape, -1)
-        return TrainingOutput(loss, means, draft_logits=draft_logits)
+        return TrainingOutput(loss, means, rejections, draft_logits=draft_logits)
 
     def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> Eagle3DraftState:
         """A state without context; the seed is not used.

@@ -55,6 +55,24 @@ def add_acceptance(metrics: MetricSums, acceptance: Tensor, eval_mask: Tensor, s
     metrics.add("tau_probabilistic", (expected_length * blocks).sum(), blocks.sum())
 
 
+@torch.no_grad()
+def sample_rejections(acceptance: Tensor, samples: Tensor, num_samples: int) -> Tensor:
+    """How much of what is drafted for each sample the target would reject: 1 − the mean acceptance of its rows.
+
+    Args:
+        acceptance: [N] in [0, 1].
+        samples: [N] int64, the sample of each row.
+        num_samples: B.
+
+    Returns:
+        [B] float32; NaN for a sample without rows.
+    """
+    totals, counts = acceptance.new_zeros(2, num_samples, dtype=torch.float32)
+    totals.index_add_(0, samples, acceptance.float())
+    counts.index_add_(0, samples, torch.ones_like(acceptance, dtype=torch.float32))
+    return 1 - totals / counts
+
+
 def add_confidence(metrics: MetricSums, confidence: Tensor, acceptance: Tensor, slot_weights: Tensor) -> None:
     """How far predicted acceptance is from acceptance, by slot and as survival of the prefix.
 

@@ -193,6 +193,8 @@ class SampleLease(Record):
     """Number of the use in the plan."""
     k: int
     sample: Sample
+    importance: float = 1.0
+    """What the sample's loss is multiplied by: below 1 where a prioritized selector draws it more often than others."""
 
 
 class StepLease(Record):

@@ -29,6 +29,7 @@ class MicroBatch:
     Attributes:
         features: B samples, packed in one row.
         sample_weights: [B] float32: 1, and 0 for the one that stands for none.
+        importance_weights: [B] float32, what each sample's loss is multiplied by: that of its lease.
         anchor_seeds: B seeds, one a sample.
         leases: Leases of the samples, in their order.
         num_tokens: Tokens of all samples, padding not counted.
@@ -36,6 +37,7 @@ class MicroBatch:
 
     features: FeatureBatch
     sample_weights: Tensor
+    importance_weights: Tensor
     anchor_seeds: tuple[int, ...]
     leases: tuple[SampleLease, ...]
     num_tokens: int
@@ -75,6 +77,7 @@ def collate(
             sample_lengths=lengths,
         ),
         sample_weights=torch.ones(len(samples)),
+        importance_weights=torch.tensor([sample.lease.importance for sample in samples], dtype=torch.float32),
         anchor_seeds=tuple(anchor_seeds),
         leases=tuple(sample.lease for sample in samples),
         num_tokens=sum(lengths),
@@ -88,6 +91,7 @@ def _empty(context_width: int, hidden_size: int) -> MicroBatch:
     return MicroBatch(
         features=FeatureBatch.from_tensors(ids, torch.zeros_like(ids), None, context, last),
         sample_weights=torch.zeros(1),
+        importance_weights=torch.ones(1),
         anchor_seeds=(0,),
         leases=(),
         num_tokens=0,
@@ -128,6 +132,7 @@ def _through_pinned_memory(micro_batch: MicroBatch, device: torch.device, dtype:
                 dtype,
             ),
             sample_weights=move(micro_batch.sample_weights),
+            importance_weights=move(micro_batch.importance_weights),
         )
         for tensor in (moved.features.target_hidden_states, moved.features.target_last_hidden_states):
             tensor.record_stream(training)  # the cast may have made a new one

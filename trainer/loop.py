@@ -88,6 +88,7 @@ class TrainingLoop:
                     micro_batch.features,
                     anchor_seeds=micro_batch.anchor_seeds,
                     sample_weights=micro_batch.sample_weights,
+                    importance_weights=micro_batch.importance_weights,
                     reduce=sum_over_ranks,
                 )
                 self.engine.set_gradient_accumulation_boundary(index == granted.num_micro_batches)

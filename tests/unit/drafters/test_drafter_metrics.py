@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drafters.metrics import MetricSums, add_acceptance, add_confidence, add_coverage, keep_local
+from drafters.metrics import MetricSums, add_acceptance, add_confidence, add_coverage, keep_local, sample_rejections
 
 # one sample, two blocks of three slots; the second block ends after its first slot
 MASK = torch.tensor([[[1, 1, 1], [1, 0, 0]]]).bool()
@@ -69,3 +69,10 @@ def test_coverage_counts_candidates_anchors_and_supervised_slots():
             "block_supervised_tokens_ratio": 2 / 3,
         }
     )
+
+
+def test_rejection_of_a_sample_is_one_less_the_mean_acceptance_of_its_rows():
+    acceptance, samples = torch.tensor([0.5, 0.75, 0.1]), torch.tensor([0, 0, 2])
+    rejections = sample_rejections(acceptance, samples, 3)
+    assert rejections.dtype == torch.float32
+    assert rejections.tolist() == [pytest.approx(0.375), pytest.approx(float("nan"), nan_ok=True), pytest.approx(0.9)]

@@ -325,3 +325,29 @@ def test_control_draws_positions_alike_in_training_and_drafting(make_drafter, ma
     context = drafter._fuse(features[:8][None])
     keys = drafter.layers[0].self_attn.keys_values(context, drafter._rope(context, positions[None])).keys
     torch.testing.assert_close(state.caches[0].rows().keys[:, :, :8], keys)
+
+
+def test_importance_multiplies_the_loss_of_its_sample_and_nothing_else(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 14)
+    plain, plain_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2])
+    halved, halved_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2], importance_weights=torch.full((2,), 0.5))
+    torch.testing.assert_close(halved.loss, plain.loss / 2)
+    assert_same_gradients(halved_gradients, {name: gradient / 2 for name, gradient in plain_gradients.items()})
+    assert halved.metrics == plain.metrics
+    by_sample = [
+        drafter.training_forward(batch, anchor_seeds=SEEDS[:2], importance_weights=torch.tensor(weights)).loss
+        for weights in ([1.0, 0.25], [0.25, 1.0])
+    ]
+    torch.testing.assert_close(sum(by_sample), plain.loss * 1.25)
+    assert by_sample[0] != by_sample[1]
+
+
+def test_rejection_is_that_of_each_sample_alone(make_drafter, make_batch):
+    drafter, batch = make_drafter(), make_batch(20, 14)
+    together = drafter.training_forward(batch, anchor_seeds=SEEDS[:2], return_logits=True)
+    slots = together.eval_mask
+    l1 = (together.draft_logits.float().softmax(-1) - together.aligned_target_logits.softmax(-1)).abs().sum(-1)
+    expected = [(l1[sample][slots[sample]] / 2).mean() for sample in range(2)]
+    torch.testing.assert_close(together.rejections, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    padding = drafter.training_forward(batch, anchor_seeds=SEEDS[:2], sample_weights=torch.tensor([1.0, 0.0]))
+    assert padding.rejections.isnan().tolist() == [False, True]

@@ -369,3 +369,34 @@ def test_checkpoint_of_another_width_is_refused_by_its_tensors(tmp_path):
     (tmp_path / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": 8'))
     with pytest.raises(CheckpointFormatError, match=r"fc\.weight is \[16, 80\] instead of \[8, 40\]"):
         load_drafter(tmp_path)
+
+
+def test_importance_multiplies_the_loss_of_its_sample_and_nothing_else():
+    drafter, batch = make_drafter(), make_batch(12, 9)
+    plain, plain_gradients = train(drafter, batch)
+    halved, halved_gradients = train(drafter, batch, importance_weights=torch.full((2,), 0.5))
+    torch.testing.assert_close(halved.loss, plain.loss / 2)
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(halved_gradients[name], gradient / 2)
+    assert halved.metrics == plain.metrics
+    by_sample = [
+        drafter.training_forward(batch, importance_weights=torch.tensor(weights)).loss
+        for weights in ([1.0, 0.25], [0.25, 1.0])
+    ]
+    torch.testing.assert_close(sum(by_sample), plain.loss * 1.25)
+
+
+def test_rejection_is_that_of_each_sample_alone():
+    drafter, batch = make_drafter(), make_batch(12, 9)
+    together = drafter.training_forward(batch).rejections
+    alone = [
+        drafter.training_forward(batch, sample_weights=torch.tensor(weights)).rejections
+        for weights in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    assert alone[0].isnan().tolist() == [False, True]
+    torch.testing.assert_close(together, torch.stack([alone[0][0], alone[1][1]]), rtol=1e-4, atol=1e-6)
+    metrics = drafter.training_forward(batch, sample_weights=torch.tensor([1.0, 0.0])).metrics
+    counts = [metrics[f"valid_tokens@{step}"] for step in range(drafter.settings.ttt_length)]
+    rates = [metrics[f"accept_rate@{step}"] for step in range(drafter.settings.ttt_length)]
+    expected = 1 - sum(count * rate for count, rate in zip(counts, rates, strict=True)) / sum(counts)
+    assert float(together[0]) == pytest.approx(expected, rel=1e-4)

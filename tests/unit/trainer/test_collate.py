@@ -43,6 +43,7 @@ def test_an_empty_micro_batch_has_one_sample_of_weight_zero() -> None:
     batch = collate([], [], context_width=WIDTH, hidden_size=HIDDEN)
     assert len(batch.features.samples) == len(batch.anchor_seeds) == 1
     assert batch.sample_weights.tolist() == [0.0]
+    assert batch.importance_weights.tolist() == [1.0]
     assert batch.num_tokens == 0
 
 
@@ -53,3 +54,11 @@ def test_features_come_to_the_drafters_dtype_on_the_device() -> None:
     assert moved.features.target_last_hidden_states.dtype == torch.float32
     assert moved.features.target_hidden_states[0, 0, 0] == pytest.approx(1.5)
     assert moved.leases == batch.leases
+
+
+def test_importance_comes_with_the_lease() -> None:
+    samples = [make_sample(2, [1], 1.0), make_sample(3, [1], 1.0)]
+    lease = samples[1].lease.model_copy(update={"importance": 0.25})
+    batch = collate([samples[0], samples[1]._replace(lease=lease)], [1, 2], context_width=WIDTH, hidden_size=HIDDEN)
+    assert batch.importance_weights.tolist() == [1.0, 0.25]
+    assert batch.sample_weights.tolist() == [1.0, 1.0]
