@@ -34,6 +34,7 @@ from services.replay.embedded import EmbeddedRedis
 from services.replay.registry import TargetRegistry
 from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
+from services.replay.urls import hide_passwords, with_password
 from services.target.pool import TargetPool
 from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, TelemetryReader
 from services.views.prometheus import PrometheusSink
@@ -111,10 +112,11 @@ def replay_redis(config: ReplayConfig, output: OutputDir) -> Iterator[str]:
         finally:
             embedded.close()
         return
-    with contextlib.closing(connect(config.redis)) as client:
+    url = with_password(config.redis, os.environ)
+    with contextlib.closing(connect(url)) as client:
         check_server(client, config.capacity, table_prefix(output))
         with claim(client, table_prefix(output), owner=str(output.path)):
-            yield config.redis
+            yield url
 
 
 def table_prefix(output: OutputDir) -> str:
@@ -342,7 +344,7 @@ class Job:
             block_size=recipe.drafter.block_size,
             reuse=recipe.replay.reuse,
             total_steps=trainer.max_steps,
-            command=shlex.join(["slipstream", *sys.argv[1:]]),
+            command=shlex.join(["slipstream", *hide_passwords(sys.argv[1:])]),
             host=socket.gethostname(),
             pid=os.getpid(),
         )

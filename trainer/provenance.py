@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from services.replay.urls import hide_passwords
+
 PACKAGES = ("slipstream-distill", "torch", "transformers", "deepspeed", "ray", "grpcio", "redis", "safetensors")
 """Packages whose versions can change what a run computes."""
 
@@ -17,10 +19,10 @@ def collect_provenance(command: Sequence[str]) -> dict[str, Any]:
     """What `provenance.json` holds.
 
     Args:
-        command: The command line of the run.
+        command: The command line of the run; passwords in it are hidden.
     """
     return {
-        "command": list(command),
+        "command": hide_passwords(command),
         "git_sha": git_sha(Path(__file__).resolve().parent),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),

@@ -20,6 +20,7 @@ from services.errors import RecipeError
 from services.placement import PlacementConfig
 from services.prompts.config import PromptsConfig
 from services.replay.config import ReplayConfig
+from services.replay.urls import safe_url
 from services.target.config import TargetConfig
 
 PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
@@ -210,11 +211,11 @@ def _parse(override: str) -> tuple[str, Any]:
     """Key and value of `section.key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"override {override!r} must look like section.key=value")
+        raise RecipeError(f"override {safe_url(override)!r} must look like section.key=value")
     try:
         return key, yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise RecipeError(f"override {safe_url(override)!r}: the value is not YAML: {safe_url(str(error))}") from None
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -231,9 +232,10 @@ def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"  {key}: unknown key; {_hint(key)}"
+    value = safe_url(repr(item["input"]))
     if item["type"] == "model_type" and key:
-        return f"  {key}: must be a section of settings (given {item['input']!r})"
-    given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given {item['input']!r})"
+        return f"  {key}: must be a section of settings (given {value})"
+    given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given {value})"
     return f"  {key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{given}"
 
 

@@ -21,6 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from services.errors import ClusterError, RecipeError, UsageError
+from services.replay.urls import PASSWORD_VARIABLE, hide_passwords
 from trainer.ray_job import STOP_WAIT_S, STOP_WAIT_VARIABLE
 from trainer.recipe import load_recipe
 
@@ -49,9 +50,15 @@ def check_recipe(path: Path, overrides: Sequence[str], working_dir: Path) -> Pat
         The recipe's path inside the working directory.
 
     Raises:
-        UsageError: There is no such folder, or the recipe is not in it.
+        UsageError: There is no such folder, or an override holds a password.
         RecipeError: The recipe is missing or wrong.
     """
+    if hide_passwords(overrides) != list(overrides):
+        raise UsageError(
+            "an override holds a password: as part of a job's command line everyone on the cluster could read it. "
+            f"Give the URL without it, and the password in {PASSWORD_VARIABLE} in the environment of the cluster's "
+            "head node or container"
+        )
     folder = working_dir.expanduser().resolve()
     if not folder.is_dir():
         raise UsageError(f"--working-dir {working_dir} is no folder")

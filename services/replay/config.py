@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_serializer
 
 from services.contracts import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, WireDtype
+from services.replay.urls import without_password
 
 EMBEDDED = "embedded"
 
@@ -14,7 +15,12 @@ class ReplayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    redis: str = Field(EMBEDDED, description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://")
+    redis: str = Field(
+        EMBEDDED,
+        repr=False,
+        description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://; its password may come "
+        "from the environment variable SLIPSTREAM_REDIS_PASSWORD",
+    )
     capacity: ByteSize = Field(
         ByteSize(4 * 1024**3), gt=0, description="most resident feature bytes, captures in flight included ('4GiB')"
     )
@@ -25,3 +31,8 @@ class ReplayConfig(BaseModel):
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
     lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")
+
+    @field_serializer("redis")
+    def _without_password(self, url: str) -> str:
+        """What is written down and shown has no password."""
+        return without_password(url)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -18,6 +17,7 @@ from redis.retry import Retry
 from services.errors import ReplayError, ReplayUnavailableError
 from services.replay.keys import table_key
 from services.replay.scripts import Scripts
+from services.replay.urls import PASSWORD_VARIABLE, reachable, safe_url
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,6 @@ PACK_INLINE_BYTES = 6000
 """Longer arguments are sent as they lie in memory. It is redis-py's own bound."""
 
 
-def safe_url(url: str) -> str:
-    """The URL without its password, for messages."""
-    try:
-        parts = urlsplit(url)
-        query = [(name, "***" if name == "password" else value) for name, value in parse_qsl(parts.query)]
-    except ValueError:
-        return "(a URL that cannot be read)"
-    login, at, host = parts.netloc.rpartition("@")
-    user, colon, _ = login.partition(":")
-    netloc = f"{user}{':***' if colon else ''}{at}{host}"
-    text = urlunsplit((parts.scheme, netloc, parts.path, urlencode(query, safe="*/"), ""))
-    # urlunsplit drops the empty host of unix:///path.
-    return text.replace(f"{parts.scheme}:/", f"{parts.scheme}:///", 1) if not netloc and "://" not in text else text
-
-
 class Client(redis.Redis):
     """redis-py's client whose failures are ReplayErrors that name the server.
 
@@ -62,7 +47,7 @@ class Client(redis.Redis):
 
         Raises:
             ReplayUnavailableError: Redis does not answer, or refuses the login.
-            ReplayError: Redis is at its `maxmemory`.
+            ReplayError: Redis is at its `maxmemory`, or forbids the command to this user.
         """
         with _translated(self.url):
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
@@ -74,7 +59,13 @@ def _translated(url: str) -> Iterator[None]:
         yield
     except redis.exceptions.AuthenticationError as error:
         raise ReplayUnavailableError(
-            f"Redis at {safe_url(url)} refuses the login: {error}. Give user and password in replay.redis."
+            f"Redis at {safe_url(url)} refuses the login: {error}. Give the user in replay.redis, as in "
+            f"redis://user@host:6379/0, and the password in the environment variable {PASSWORD_VARIABLE}."
+        ) from error
+    except redis.exceptions.NoPermissionError as error:
+        raise ReplayError(
+            f"Redis at {safe_url(url)} forbids what the replay buffer needs: {error}. Its user needs the keys "
+            "~slipstream:* and the commands +@all -@dangerous +info."
         ) from error
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         raise ReplayUnavailableError(
@@ -92,13 +83,14 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Client:
     """Connect and check that the server answers.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`.
+        url: `redis://`, `rediss://` or `unix://`, as `EmbeddedRedis.url` or the user gives it.
         timeout_s: Longest wait for the connection, and later for any one answer.
 
     Raises:
         ReplayError: The URL is none of these.
         ReplayUnavailableError: The server does not answer.
     """
+    url = reachable(url)
     try:
         client = Client.from_url(
             url,
@@ -109,11 +101,13 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Client:
             # hiredis' packer is five times slower on the memoryviews that chunks are.
             command_packer=PythonRespSerializer(PACK_INLINE_BYTES, _encode),
         )
-    except ValueError as error:
+    except ValueError:
+        # Without redis-py's own text and the error itself: they may quote a part of the password.
         raise ReplayError(
-            f"replay.redis {safe_url(url)!r} is no Redis URL: {error}. It looks like redis://host:6379/0, "
-            "rediss://host:6379/0 or unix:///path/to/redis.sock, or is the word 'embedded'."
-        ) from error
+            f"replay.redis {safe_url(url)!r} is no Redis URL. It looks like redis://host:6379/0, rediss://host:6379/0 "
+            "or unix:///path/to/redis.sock, or is the word 'embedded'; special characters of a password in it are "
+            f"percent-encoded, those in {PASSWORD_VARIABLE} are not."
+        ) from None
     assert isinstance(client, Client)
     client.url = url
     client.ping()

@@ -1,11 +1,17 @@
-"""A Redis of the run's own on a private unix socket, under a supervisor that ends with the run."""
+"""A Redis of the run's own on a private unix socket, under a supervisor that ends with the run.
+
+Where parts of the run are on other machines it listens on TCP as well, with a password of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +21,8 @@ from types import TracebackType
 from typing import Self
 
 from services.errors import ReplayUnavailableError
+from services.replay.urls import TCP
+from services.restarts import RestartBudget
 
 START_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
@@ -29,58 +37,61 @@ MOST_SOCKET_PATH_BYTES = 100
 WANTED_VERSION = (7, 2)
 """Servers on PATH from this version on are preferred to the bundled 6.2, which has reached its end of life."""
 
+PASSWORD_BYTES = 24
+
+MOST_RESTARTS = 5
+RESTART_WINDOW_S = 60.0
+"""A supervisor that is killed more often within the window is not started again."""
+
 SERVERS = ("redis-server", "valkey-server")
 
 
 class EmbeddedRedis:
     """A running embedded Redis; `close` ends it, and so does the end of this process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    def __init__(self, log: Path, maxmemory_bytes: int, host: str | None) -> None:
         """Use `start`."""
-        self._process = process
-        self._socket = socket
+        self._server = find_server()
         self._log = log
+        self._maxmemory_bytes = maxmemory_bytes
+        self._host = host
+        self._port = 0
+        self._password = secrets.token_urlsafe(PASSWORD_BYTES) if host else ""
+        self._socket = _socket_folder() / "redis.sock"
+        self._restarts = RestartBudget(MOST_RESTARTS, RESTART_WINDOW_S)
+        self._process = self._spawn()
 
     @classmethod
-    def start(cls, directory: Path, capacity_bytes: int) -> Self:
+    def start(cls, directory: Path, capacity_bytes: int, host: str | None = None) -> Self:
         """Start Redis under its supervisor and wait until it answers.
 
         Args:
             directory: Existing folder for `redis.log`.
             capacity_bytes: Feature bytes it must be able to hold.
+            host: Listen on TCP at this address of the machine, too, on a free port and with a password made for it;
+                None where nothing on other machines needs it.
 
         Raises:
             ReplayUnavailableError: No server is installed, or it did not come up; then it names the log.
         """
-        server = find_server()
-        log = directory.resolve() / "redis.log"
-        socket = _socket_folder() / "redis.sock"
         maxmemory_bytes = int(capacity_bytes * MEMORY_FACTOR) + MEMORY_EXTRA_BYTES
-        with log.open("ab") as errors:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "services.replay.supervisor", "--server", server),
-                    *("--socket", str(socket), "--maxmemory", str(maxmemory_bytes), "--log", str(log)),
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,  # a Ctrl-C at the terminal is for the driver, which then closes in order
-            )
-        answer = _read_line(process, time.monotonic() + START_TIMEOUT_S)
-        embedded = cls(process, socket, log)
-        if answer != "ready":
+        embedded = cls(directory.resolve() / "redis.log", maxmemory_bytes, host)
+        try:
+            embedded._wait_ready()
+        except BaseException:
             embedded.close()
-            raise ReplayUnavailableError(
-                f"the embedded Redis did not start: {answer or 'its supervisor said nothing'}. See {log}, or give "
-                "the URL of your own Redis in replay.redis."
-            )
+            raise
         return embedded
 
     @property
     def url(self) -> str:
-        """URL for `connect`, good on this host only."""
-        return f"unix://{self._socket}"
+        """URL for `connect`, with the password if there is one: the socket on this host, TCP from others.
+
+        It stays the same when Redis or its supervisor is started again.
+        """
+        if self._host is None:
+            return f"unix://{self._socket}"
+        return f"unix://:{self._password}@{self._socket}?{TCP}={self._host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -93,18 +104,81 @@ class EmbeddedRedis:
         Raises:
             ReplayUnavailableError: It has ended; names the log.
         """
-        status = self._process.poll()
-        if status is not None:
-            raise ReplayUnavailableError(
-                f"the embedded Redis is gone: its supervisor ended with status {status}. See {self._log}, and run the "
-                "same command again: it continues from the last checkpoint."
-            )
+        if self._process.poll() is not None:
+            raise self._gone(f"its supervisor ended with status {self._process.returncode}")
 
-    def close(self) -> None:
-        """End Redis and its supervisor, and remove the socket's folder. Again: nothing happens."""
+    def keep_alive(self) -> str | None:
+        """Start the supervisor again if something has killed it, and Redis with it. Quick where nothing has happened.
+
+        The new Redis is empty, has another nonce and answers at the same URL.
+
+        Returns:
+            What happened, for the run's events; None if nothing did.
+
+        Raises:
+            ReplayUnavailableError: The supervisor gave up by itself, was killed too often, or does not come up.
+        """
+        status = self._process.poll()
+        if status is None:
+            return None
+        if status >= 0:
+            raise self._gone(f"its supervisor ended with status {status}")
+        cause = f"signal {signal.Signals(-status).name} ended the supervisor of the embedded Redis"
+        if self._restarts.spend(time.monotonic()) is None:
+            raise self._gone(
+                f"{cause}, and that more than {self._restarts.most} times within {self._restarts.window_s:g} s"
+            )
+        self._close_pipes()
+        began_s = time.monotonic()
+        self._process = self._spawn()
+        self._wait_ready()
+        return f"{cause}; both were started again in {time.monotonic() - began_s:.1f} s, and Redis is empty"
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [
+            *(sys.executable, "-m", "services.replay.supervisor", "--server", self._server),
+            *("--socket", str(self._socket), "--maxmemory", str(self._maxmemory_bytes), "--log", str(self._log)),
+        ]
+        if self._host is not None:
+            command += ["--host", self._host, "--port", str(self._port)]
+        with self._log.open("ab") as errors:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # a Ctrl-C at the terminal is for the driver, which then closes in order
+            )
+        if self._host is not None:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has ended; `_wait_ready` says so
+                os.write(process.stdin.fileno(), f"{self._password}\n".encode())
+        return process
+
+    def _wait_ready(self) -> None:
+        answer = _read_line(self._process, time.monotonic() + START_TIMEOUT_S)
+        word, _, port = answer.partition(" ")
+        if word != "ready":
+            raise ReplayUnavailableError(
+                f"the embedded Redis did not start: {answer or 'its supervisor said nothing'}. See {self._log}, or "
+                "give the URL of your own Redis in replay.redis."
+            )
+        self._port = int(port)
+
+    def _gone(self, why: str) -> ReplayUnavailableError:
+        return ReplayUnavailableError(
+            f"the embedded Redis is gone: {why}. See {self._log}, and run the same command again: it continues from "
+            "the last checkpoint."
+        )
+
+    def _close_pipes(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+    def close(self) -> None:
+        """End Redis and its supervisor, and remove the socket's folder. Again: nothing happens."""
+        self._close_pipes()
         try:
             self._process.wait(CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:

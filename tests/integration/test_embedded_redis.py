@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -133,6 +134,94 @@ def test_redis_dies_with_a_killed_supervisor(embedded: EmbeddedRedis) -> None:
     wait_until(lambda: embedded._process.poll() is not None, "the end of the supervisor")
     with pytest.raises(ReplayUnavailableError, match="run the same command again"):
         embedded.check()
+
+
+def restarted_in(embedded: EmbeddedRedis) -> str:
+    """Look after the embedded Redis as a driver does, until something has happened."""
+    seen: list[str | None] = [None]
+    wait_until(lambda: seen.append(embedded.keep_alive()) or seen[-1], "a restart of the supervisor")
+    return str(seen[-1])
+
+
+def test_killed_supervisor_is_started_again_at_the_same_url(tmp_path: Path) -> None:
+    embedded = EmbeddedRedis.start(tmp_path, CAPACITY_BYTES)
+    assert embedded.keep_alive() is None
+    url, supervisor, server = embedded.url, embedded.pid, server_of(embedded.pid)
+    client = connect(url)
+    nonce = client.get(NONCE_KEY)
+    client.set("run:table", "something")
+    os.kill(supervisor, signal.SIGKILL)
+    assert "SIGKILL" in restarted_in(embedded)
+    assert embedded.keep_alive() is None
+    assert embedded.url == url
+    assert connect(url).get(NONCE_KEY) not in (None, nonce)
+    assert connect(url).get("run:table") is None
+    assert is_gone(server)
+    server_of(embedded.pid).kill()
+    wait_until(lambda: len(psutil.Process(embedded.pid).children()) == 1, "Redis, by the new supervisor")
+    embedded.check()
+    ours = [psutil.Process(embedded.pid), server_of(embedded.pid)]
+    embedded.close()
+    assert all(map(is_gone, ours))
+    assert not Path(url.removeprefix("unix://")).parent.exists()
+
+
+def test_supervisor_that_is_killed_again_and_again_is_given_up(embedded: EmbeddedRedis) -> None:
+    embedded._restarts.most = 2
+    for _ in range(2):
+        os.kill(embedded.pid, signal.SIGKILL)
+        restarted_in(embedded)
+    os.kill(embedded.pid, signal.SIGKILL)
+    with pytest.raises(ReplayUnavailableError, match=r"SIGKILL.*more than .* times within 60 s.*redis\.log"):
+        restarted_in(embedded)
+
+
+def test_supervisor_that_gave_up_is_not_started_again(embedded: EmbeddedRedis) -> None:
+    assert embedded._process.stdin is not None
+    embedded._process.stdin.close()
+    with pytest.raises(ReplayUnavailableError, match="supervisor ended with status 0"):
+        restarted_in(embedded)
+
+
+@pytest.fixture
+def listening(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis.start(tmp_path, CAPACITY_BYTES, "127.0.0.1") as running:
+        yield running
+
+
+def password_and_address(embedded: EmbeddedRedis) -> tuple[str, str]:
+    match = re.fullmatch(r"unix://:(?P<password>[^@]+)@/.*\?tcp=(?P<address>.+)", embedded.url)
+    assert match is not None
+    return match["password"], match["address"]
+
+
+def test_server_on_tcp_wants_its_password_on_both_ways(listening: EmbeddedRedis) -> None:
+    password, address = password_and_address(listening)
+    assert len(password) >= 24
+    assert connect(f"redis://:{password}@{address}").get(NONCE_KEY) == connect(listening.url).get(NONCE_KEY) != b""
+    socket = listening.url.partition("@")[2].partition("?")[0]
+    for url in (f"redis://{address}", f"redis://:wrong@{address}", f"unix://{socket}"):
+        with pytest.raises(ReplayUnavailableError, match="refuses the login"):
+            connect(url)
+
+
+def test_password_is_on_no_command_line_and_in_no_log(listening: EmbeddedRedis) -> None:
+    password, _ = password_and_address(listening)
+    supervisor = psutil.Process(listening.pid)
+    for process in (supervisor, server_of(listening.pid)):
+        assert password not in " ".join(process.cmdline())
+        assert password not in str(process.environ())
+    assert password not in listening._log.read_text()
+
+
+def test_url_with_password_and_port_outlives_redis_and_supervisor(listening: EmbeddedRedis) -> None:
+    url = listening.url
+    password, address = password_and_address(listening)
+    nonce = connect(url).get(NONCE_KEY)
+    os.kill(listening.pid, signal.SIGKILL)
+    restarted_in(listening)
+    assert listening.url == url
+    assert connect(f"redis://:{password}@{address}").get(NONCE_KEY) != nonce
 
 
 DRIVER = """

@@ -95,12 +95,18 @@ def _run(
 ) -> None:
     """Run a recipe. `options` that are None were not given; where both are, an override wins."""
     from services.errors import SlipstreamError, StoppedError
+    from services.replay.urls import PASSWORD_VARIABLE, hide_passwords
     from trainer.console import RunConsole, summary_table
     from trainer.recipe import load_recipe
 
     console = RunConsole(to_stderr=as_json)
     try:
         recipe = load_recipe(path, overrides, {key: value for key, value in options.items() if value is not None})
+        if hide_passwords(overrides) != overrides:
+            console.say(
+                "everyone on this machine can read the password on this command line, for instance with ps: give it "
+                f"in the environment variable {PASSWORD_VARIABLE} instead"
+            )
         if dry_run:
             _show_plan(recipe, console, as_json=as_json)
             return
@@ -165,7 +171,9 @@ def _next_steps(checkpoint: str, output_dir: str) -> str:
 
 
 def _how_to_go_on() -> str:
-    command = shlex.join(["slipstream", *sys.argv[1:]])
+    from services.replay.urls import hide_passwords
+
+    command = shlex.join(["slipstream", *hide_passwords(sys.argv[1:])])
     return f"to go on from the last checkpoint run the same command again:\n  {command}"
 
 

@@ -167,3 +167,11 @@ def test_lossy_decoding_exits_with_1(recipe_file: Path, job: FakeJob) -> None:
     result = slipstream("run", recipe_file)
     assert result.exit_code == 1
     assert "not lossless" in result.stderr
+
+
+def test_password_on_the_command_line_is_warned_of_and_never_repeated(recipe_file: Path) -> None:
+    plan = slipstream("run", recipe_file, "--dry-run", "--json", "replay.redis=redis://me:secret@host:1/0")
+    assert plan.exit_code == 0
+    assert "SLIPSTREAM_REDIS_PASSWORD" in plan.stderr
+    assert json.loads(plan.stdout)["recipe"]["replay"]["redis"] == "redis://me@host:1/0"
+    assert "secret" not in plan.output

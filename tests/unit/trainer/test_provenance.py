@@ -15,6 +15,11 @@ def test_provenance_names_versions_and_command() -> None:
     assert json.loads(json.dumps(provenance)) == provenance
 
 
+def test_provenance_shows_no_password() -> None:
+    provenance = collect_provenance(["slipstream", "run", "recipe.yaml", "replay.redis=rediss://me:secret@host/0"])
+    assert provenance["command"][3] == "replay.redis=rediss://me:***@host/0"
+
+
 def test_git_sha_is_that_of_the_repository_that_tracks_the_package(tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")

@@ -289,3 +289,13 @@ def test_setting_that_another_algorithm_lacks_is_refused_when_it_is_asked_for(re
     recipe_file.write_text(SMALLEST + "drafter: {algorithm: eagle3, num_anchors: 32}\n")
     assert "num_anchors" in explain(recipe_file)
     assert "num_anchors" in explain(recipe_file, "drafter.algorithm=eagle3")
+
+
+@pytest.mark.parametrize("override", ["replay={u}", "trainer.threads={u}", "replay.redis={{a: {u}", "{u}"])
+def test_error_about_a_url_shows_no_password(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("target: {model: m}\nprompts: {source: stdlib}\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path, [override.format(u="redis://me:secret@host:1/0")])
+    assert "secret" not in str(refused.value)
+    assert "redis://me:***@host" in str(refused.value)

@@ -79,6 +79,14 @@ def test_wrong_recipe_is_refused_before_anything_is_sent(tmp_path: Path) -> None
         check_recipe(tmp_path / "one.yaml", ["trainer.max_step=3"], tmp_path)
 
 
+def test_password_on_the_command_line_of_a_job_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(RECIPE)
+    with pytest.raises(UsageError, match="SLIPSTREAM_REDIS_PASSWORD") as refused:
+        check_recipe(tmp_path / "one.yaml", ["replay.redis=redis://:secret@host"], tmp_path)
+    assert "secret" not in str(refused.value)
+    check_recipe(tmp_path / "one.yaml", ["replay.redis=redis://me@host"], tmp_path)
+
+
 def test_cluster_of_another_ray_is_refused(serve: Serve) -> None:
     address = serve(200, json.dumps({"version": "4", "ray_version": "2.9.3", "ray_commit": "x", "session_name": "y"}))
     with pytest.raises(ClusterError, match=f"runs Ray 2.9.3, here is Ray {ray.__version__}: install ray==2.9.3 here"):

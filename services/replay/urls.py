@@ -1,0 +1,72 @@
+"""URLs of Redis: where their password comes from, and that it is shown nowhere. Texts only, no Redis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+PASSWORD_VARIABLE = "SLIPSTREAM_REDIS_PASSWORD"
+"""Password of the user's own Redis, so that it need not stand in the recipe or on a command line."""
+
+TCP = "tcp"
+"""Query field of a unix:// URL: host:port of the same server for those who are on another machine."""
+
+HIDDEN = "***"
+
+_LOGIN = re.compile(r"(?P<scheme>[a-z]+://)(?P<user>[^:@/?]*)(?P<password>:.*)?@", re.DOTALL)
+"""Up to the last @: a password that is not percent-encoded may hold any character."""
+
+_QUERY_PASSWORD = re.compile(r"(?<=[?&]password=)[^&#\s]*")
+
+
+def safe_url(url: str) -> str:
+    """The URL with its password hidden, for messages."""
+    return _replace_password(url, f":{HIDDEN}", HIDDEN)
+
+
+def without_password(url: str) -> str:
+    """The URL without its password, for files: with `with_password` it is good again."""
+    bare = _replace_password(url, "", "")
+    return re.sub(r"([?&])password=(&|$)", lambda match: match[1] if match[2] else "", bare)
+
+
+def with_password(url: str, environment: Mapping[str, str]) -> str:
+    """The URL with the password that the environment gives, unless it has one of its own."""
+    password = environment.get(PASSWORD_VARIABLE)
+    scheme, separator, rest = url.partition("://")
+    if not password or not separator or safe_url(url) != without_password(url):
+        return url
+    login, at, place = rest.rpartition("@")
+    return f"{scheme}://{login if at else ''}:{quote(password, safe='')}@{place}"
+
+
+def hide_passwords(arguments: Sequence[str]) -> list[str]:
+    """A command line whose URLs show no password."""
+    return [safe_url(argument) for argument in arguments]
+
+
+def reachable(url: str) -> str:
+    """Of an embedded Redis' URL the one that is good here: its socket on its own machine, TCP elsewhere."""
+    scheme, _, rest = url.partition("://")
+    if scheme != "unix":
+        return url
+    login, _, place = rest.rpartition("@")
+    path, _, query = place.partition("?")
+    fields = dict(parse_qsl(query))
+    address = fields.pop(TCP, None)
+    if address is None:
+        return url
+    # Not the socket itself: that is away for a moment while the server is started again.
+    if Path(unquote(path)).parent.is_dir():
+        more = f"?{urlencode(fields)}" if fields else ""
+        return f"unix://{f'{login}@' if login else ''}{path}{more}"
+    return f"redis://{f'{login}@' if login else ''}{address}/0"
+
+
+def _replace_password(url: str, login: str, query: str) -> str:
+    hidden = _LOGIN.sub(
+        lambda match: f"{match['scheme']}{match['user']}{login if match['password'] else ''}@", url, count=1
+    )
+    return _QUERY_PASSWORD.sub(query, hidden)
