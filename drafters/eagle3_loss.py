@@ -24,6 +24,10 @@ from torch.nn import functional
 from drafters.fused_loss import chunk_rows
 from drafters.losses import Vocabulary
 
+CHUNKS = 2
+"""Rows of a chunk, in chunks of the block drafters' loss: half as many [C, V] tensors live at once here, and fewer,
+longer products read the head less often."""
+
 
 class SoftLosses(NamedTuple):
     """Terms of each row, [N_i] float32; acceptance and agreement are without gradient.
@@ -116,7 +120,7 @@ class _FusedSoftLoss(torch.autograd.Function):
         with_gradients: bool,
         *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        size = chunk_rows(len(vocabulary.head), vocabulary.head.device)
+        size = CHUNKS * chunk_rows(len(vocabulary.head), vocabulary.head.device)
         gradients = [
             torch.empty_like(rows) if with_gradients and needed else None
             for rows, needed in zip(hidden, ctx.needs_input_grad[4:], strict=True)
@@ -166,20 +170,23 @@ def _chunk_terms(
 ) -> Tensor:
     """Terms of some rows of a step, [3, C]; writes their part of the gradient.
 
-    Each [C, V] tensor is overwritten by the next as soon as it has served.
+    Two [C, V] tensors are all there is, a third with a soft-cap: the draft's is overwritten step by step.
     """
     logits = _float_logits(step.hidden[rows], vocabulary)
-    agreement = logits.argmax(1) == choices
-    draft = torch.log_softmax(logits, dim=1)
-    cross_entropy = -torch.linalg.vecdot(target, draft)
-    difference = draft.exp_().sub_(target)
+    top, choice = logits.max(dim=1, keepdim=True)
+    expected = torch.einsum("cv,cv->c", target, logits)
+    slope = 1 - (logits / vocabulary.softcap).square_() if vocabulary.softcap and by_hidden is not None else None
+    draft = logits.sub_(top).exp_()
+    total = draft.sum(dim=1, keepdim=True)
+    cross_entropy = (top + total.log()).squeeze(1) - expected
+    difference = draft.div_(total).sub_(target)
     acceptance = (1 - torch.linalg.vector_norm(difference, ord=1, dim=1) / 2).clamp_(0, 1)
     if by_hidden is not None:
         by_logits = difference.mul_(step.weights[rows, None])
-        if vocabulary.softcap:
-            by_logits.mul_(logits.div_(vocabulary.softcap).square_().neg_().add_(1))
+        if slope is not None:
+            by_logits.mul_(slope)
         torch.mm(by_logits.to(vocabulary.head.dtype), vocabulary.head, out=by_hidden[rows])
-    return torch.stack([cross_entropy, acceptance, agreement])
+    return torch.stack([cross_entropy, acceptance, choice.squeeze(1) == choices])
 
 
 def _float_logits(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -159,7 +159,7 @@ def _chunk_losses(rows: RowInputs, vocabulary: Vocabulary, chunk: slice, gradien
     if gradients.any_needed:
         ce_weights, l1_weights = rows.ce_weights[chunk, None], rows.l1_weights[chunk, None]
         sign = difference.sign_()
-        constant = ce_weights - l1_weights * torch.linalg.vecdot(sign, draft)[:, None]
+        constant = ce_weights - l1_weights * torch.einsum("cv,cv->c", sign, draft)[:, None]
         by_logits = sign.mul_(l1_weights).add_(constant).mul_(draft).scatter_add_(1, labels, -ce_weights)
         del draft
         gradients.write(chunk, by_logits, slope, latent, vocabulary)
