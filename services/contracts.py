@@ -205,9 +205,13 @@ class StepLease(Record):
 
     step: int
     num_micro_batches: int
+    num_uses: int = 0
+    """Uses that the step trains, all ranks together."""
     captures: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     """Deterministic mode: captures[rank][micro_batch] are the captures to take, in order. Otherwise None: take
     what is ready."""
+    end: str | None = None
+    """Why nothing more is granted; set in END alone."""
 
     @property
     def is_end(self) -> bool:
@@ -225,6 +229,34 @@ class StepReport(Record):
     num_tokens: int
     metrics: dict[str, float] = {}
     """Global metrics (already reduced over ranks); only rank 0 fills them."""
+
+
+class SampleNote(Record):
+    """What the capture log keeps of a sample, as a rank that has read it knows it."""
+
+    capture: int
+    prompt: int
+    attempt: int
+    num_tokens: int
+    num_bytes: int
+
+
+class RankAccount(Record):
+    """What a rank has been granted, holds and has done: all that a coordinator needs to begin anew beside it.
+
+    Reports and samples reach back to the checkpoint before the newest one, so that either may be begun from.
+    """
+
+    rank: int
+    generation: int
+    leases: tuple[StepLease, ...] = ()
+    """Granted to this rank and not reported by it; the last may be END."""
+    reports: tuple[StepReport, ...] = ()
+    """Ascending by step."""
+    held: tuple[int, ...] = ()
+    """Uses whose features are in the rank's memory and whose step is not reported."""
+    samples: tuple[SampleNote, ...] = ()
+    """Of held and of reported uses."""
 
 
 class TableInfo(Record):

@@ -138,6 +138,18 @@ class StoppedError(SlipstreamError):
     status = "CANCELLED"
 
 
+class PartDiedError(SlipstreamError):
+    """A part of the run has lost its process."""
+
+    status = "UNAVAILABLE"
+
+
+class NotBegunError(SlipstreamError, AttributeError):
+    """A part's process has been started again and is not set up yet: ask again."""
+
+    status = "UNAVAILABLE"
+
+
 class DeadlineError(SlipstreamError):
     """Something did not happen in time; the message says what was waited for."""
 

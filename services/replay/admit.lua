@@ -1,7 +1,14 @@
--- admit: capture, attempt, bytes, number of uses, now, outcome (for a job whose sample is there already)
+-- admit: capture, attempt, bytes, number of uses, now, outcome (for a job whose sample is there already), whether the
+-- job comes from the work queue
 local capture, attempt, num_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 if table_is_lost() then
   return { 'LOST' }
+end
+if ARGV[7] == '1' then
+  local entry = redis.call('HGET', key('work:jobs'), capture)
+  if not entry or attempt_of(entry) ~= attempt then
+    return { 'GONE' }
+  end
 end
 local limits = redis.call('HMGET', key('table'), 'capacity', 'max_times_sampled')
 if num_bytes > tonumber(limits[1]) then

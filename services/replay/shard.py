@@ -214,7 +214,7 @@ class ReplayShard:
         began = time.monotonic()
         while not self._stop.is_set():
             try:
-                admission = self._table.admit(job, num_bytes, self._clock())
+                admission = self._table.admit(job, num_bytes, self._clock(), queued=True)
             except SampleTooLargeError as error:
                 self._fail(job, str(error))
                 return False

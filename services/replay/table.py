@@ -19,7 +19,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from typing_extensions import Buffer
@@ -51,6 +51,9 @@ class Admission(StrEnum):
     KNOWN = "KNOWN"
     """The sample is here already, or this attempt or a newer one of it is in flight."""
 
+    GONE = "GONE"
+    """The work queue has no such job any more: nobody waits for it."""
+
 
 def uses_of(job: CaptureJob) -> tuple[int, ...]:
     """The k of the uses that a capture feeds, ascending."""
@@ -81,6 +84,15 @@ def check_chunks(sample: Sample, signature: TableSignature) -> None:
             row = chunk.row_end
         if row != num_rows:
             raise WireError(f"capture {job.capture}: {row} rows of {name} came, {num_rows} are needed")
+
+
+class Cleared(NamedTuple):
+    """What `RedisTable.clear` leaves behind."""
+
+    incarnation: str
+    """Of the table made anew."""
+    outcomes: list[Outcome]
+    """Those that nobody had drained."""
 
 
 class RedisTable:
@@ -138,7 +150,7 @@ class RedisTable:
         text: Any = self._client.hget(table_key(self._prefix), "signature")
         return None if text is None else TableSignature.model_validate_json(text)
 
-    def admit(self, job: CaptureJob, num_bytes: int, now_s: float) -> Admission:
+    def admit(self, job: CaptureJob, num_bytes: int, now_s: float, *, queued: bool = False) -> Admission:
         """Reserve the bytes of a capture before it begins.
 
         If the job came from the work queue and its sample is here already, the job ends and an outcome `committed`
@@ -148,6 +160,7 @@ class RedisTable:
             job: The capture.
             num_bytes: Its payload bytes, `TableSignature.reserved_bytes`.
             now_s: The time.
+            queued: The job comes from the work queue, and is wanted only while it stands there.
 
         Raises:
             SampleTooLargeError: It needs more than the table's whole capacity.
@@ -168,7 +181,7 @@ class RedisTable:
             reason="already resident",
         )
         status, rest = self._scripts.run(
-            "admit", job.capture, job.attempt, num_bytes, len(uses), now_s, outcome.model_dump_json()
+            "admit", job.capture, job.attempt, num_bytes, len(uses), now_s, outcome.model_dump_json(), int(queued)
         )
         if status == "TOO_LARGE":
             raise SampleTooLargeError(
@@ -355,6 +368,21 @@ class RedisTable:
         """
         status, rest = self._scripts.run("set_generation", generation)
         self._check_generation(status, rest, generation)
+
+    def clear(self, generation: int) -> Cleared:
+        """Drop every sample, lease and job in one step, and make the table anew: all of it can be captured again.
+
+        Args:
+            generation: Of the trainer group that may lease from now on.
+
+        Raises:
+            StaleGenerationError: The table has a newer generation.
+            TableLostError: There is no table.
+        """
+        incarnation = secrets.token_hex(4)
+        status, rest = self._scripts.run("clear", generation, incarnation)
+        self._check_generation(status, rest, generation)
+        return Cleared(incarnation, [Outcome.model_validate_json(text) for text in rest])
 
     def seal(self) -> None:
         """Say that nothing more will be inserted: a lease may then return fewer uses than it asked for."""

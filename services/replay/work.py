@@ -41,8 +41,8 @@ class WorkQueue:
         return status == "OK"
 
     def done(self, job: CaptureJob) -> bool:
-        """End a job without an outcome; False if it is not in the queue."""
-        status, _ = self._scripts.run("work_done", job.capture)
+        """End a job without an outcome; False if this attempt of it is not in the queue."""
+        status, _ = self._scripts.run("work_done", job.capture, job.attempt)
         return status == "OK"
 
     def give_back(self, job: CaptureJob) -> bool:
