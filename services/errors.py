@@ -78,6 +78,12 @@ class TargetUnavailableError(TargetError):
     status = "UNAVAILABLE"
 
 
+class TargetAccessError(TargetUnavailableError):
+    """A target and its caller do not agree on token or TLS."""
+
+    status = "UNAUTHENTICATED"
+
+
 class WireError(SlipstreamError):
     """Bytes do not say what their header promises: shape, dtype, length or checksum differ."""
 

@@ -21,10 +21,13 @@ from services.errors import (
     CaptureRequestError,
     FeatureError,
     SlipstreamError,
+    TargetAccessError,
     TargetError,
     TargetUnavailableError,
     WireError,
 )
+from services.grpc_access import call_metadata, open_channel, why_refused
+from services.security import Credentials
 from services.target.framing import unpack
 from services.target.request import DTYPE_TO_WIRE, LAST_ROWS_TO_WIRE, SERVICE
 from services.target.stream import StreamCheck
@@ -43,15 +46,29 @@ ERRORS: dict[grpc.StatusCode, type[SlipstreamError]] = {
 }
 """What a status means to a caller; any other is a TargetError."""
 
+TOO_LARGE = "Received message larger than max"
+"""What gRPC says of a request, with the status RESOURCE_EXHAUSTED."""
+
 
 class TargetClient:
-    """One channel to one target. Threads may share it; each capture is a stream of its own."""
+    """One channel to one target. Threads may share it; each capture is a stream of its own.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: host:port.
+        credentials: Token and certificate of the target; None for one on the loopback interface that asks for none.
+
+    Raises:
+        UsageError: The token would travel without TLS beyond the loopback interface.
+    """
+
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(
+        self._credentials = credentials or Credentials()
+        self._metadata = call_metadata(self._credentials)
+        self._channel = open_channel(
             address,
-            options=[
+            self._credentials,
+            [
                 ("grpc.max_receive_message_length", MAX_CHUNK_BYTES + HEADER_BYTES),
                 ("grpc.enable_http_proxy", 0),
                 # Otherwise a new client of a restarted target inherits the old connection's back-off.
@@ -81,11 +98,12 @@ class TargetClient:
 
         Raises:
             TargetUnavailableError: It does not answer in time.
+            TargetAccessError: It does not take this token, or the two do not agree on TLS.
             WireError: It speaks another wire version.
             TargetError: What answers is no target.
         """
         try:
-            answer = self._describe(wire.DescribeRequest(), timeout=timeout_s)
+            answer = self._describe(wire.DescribeRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error, "Describe") from error
         if answer.wire_version != WIRE_VERSION:
@@ -135,7 +153,8 @@ class TargetClient:
 
         Raises:
             CaptureRequestError: The target cannot give what is asked.
-            TargetUnavailableError: The target is dead, full, stopping, or too slow; another may do.
+            TargetUnavailableError: The target is dead, full, stopping, or too slow; another may do. A
+                `TargetAccessError` says that it refuses this caller.
             FeatureError: The target's features are not finite.
             WireError: What came is not what was asked.
             TargetError: The target failed.
@@ -153,7 +172,7 @@ class TargetClient:
         )
         check = StreamCheck(job, num_layers=len(layer_ids), dtype=wire_dtype, chunk_bytes=chunk_bytes)
         try:
-            call = self._capture(request, timeout=timeout_s)
+            call = self._capture(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as error:  # all that gRPC raises here: this client was closed
             raise TargetUnavailableError(f"target {self.address}, Capture of sample {job.capture}: {error}") from error
         try:
@@ -174,8 +193,12 @@ class TargetClient:
         self._channel.close()
 
     def _translate(self, error: grpc.RpcError, what: str) -> SlipstreamError:
-        kind = ERRORS.get(error.code(), TargetError)
-        return kind(f"target {self.address}, {what}: {error.details()} ({error.code().name})")
+        if why := why_refused(error, self.address, self._credentials):
+            return TargetAccessError(f"target {self.address} does not let us in: {why}")
+        details, kind = error.details(), ERRORS.get(error.code(), TargetError)
+        if TOO_LARGE in (details or ""):
+            kind, details = CaptureRequestError, f"{details}: the target takes shorter prompts; see its max_tokens"
+        return kind(f"target {self.address}, {what}: {details} ({error.code().name})")
 
 
 def _generate(generation: Generation) -> wire.Generate:

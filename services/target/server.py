@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.checksum import crc32c
 from services.codec import byte_view, check_finite
-from services.errors import DeadlineError, SlipstreamError, TargetError, UsageError
+from services.errors import CaptureRequestError, DeadlineError, SlipstreamError, TargetError
+from services.grpc_access import add_port, interceptors
+from services.security import Credentials, check_listening
 from services.target.chunking import cut
 from services.target.config import TargetConfig
 from services.target.dispatcher import Dispatcher
@@ -28,6 +30,18 @@ SPARE_RPCS = 8
 
 FORWARD_TIMEOUT_S = 600.0
 """Longest wait of a capture for its forward pass; its caller's own deadline may be nearer, or none."""
+
+LONGEST_CALL_S = 1800.0
+"""A capture is cut off after this, whatever its caller's deadline: who reads no more must not hold a place for ever."""
+
+REQUEST_ROOM_BYTES = 1024**2
+NUMBER_BYTES = 5
+"""A request is two lists of at most `max_tokens` numbers, and little beside them."""
+
+WAYS_TO_LISTEN = (
+    "Give credentials with a token, a certificate and its key; or insecure, on a network you trust; or listen on "
+    "127.0.0.1 and forward the port over a channel you trust"
+)
 
 
 class RunningServer:
@@ -56,20 +70,33 @@ class RunningServer:
         self._dispatcher.close()
 
 
-def serve(engine: Engine, config: TargetConfig, address: str = "127.0.0.1:0") -> RunningServer:
+def serve(
+    engine: Engine, config: TargetConfig, address: str = "127.0.0.1:0", credentials: Credentials | None = None
+) -> RunningServer:
     """Serve an engine.
 
     Args:
         engine: What computes; its `capture` is called from one thread only.
         config: Batching and concurrency limits.
-        address: host:port on the loopback interface; port 0 takes a free one.
+        address: host:port; port 0 takes a free one.
+        credentials: Token, certificate and key; those that are missing are not asked for, or not used. Health checking
+            and reflection need the token, too.
 
     Raises:
-        UsageError: The address is not on the loopback interface.
+        UsageError: The address is beyond the loopback interface, and the credentials lack token or TLS and are not
+            `insecure`.
         TargetError: The address cannot be bound.
     """
     host = address.rpartition(":")[0]
-    _refuse_beyond_loopback(host)
+    credentials = credentials or Credentials()
+    check_listening(
+        "the target",
+        host,
+        token=credentials.token is not None,
+        tls=credentials.has_tls,
+        insecure=credentials.insecure,
+        ways=WAYS_TO_LISTEN,
+    )
     dispatcher: Dispatcher[CapturedFeatures] = Dispatcher(
         engine.capture,
         max_batch_tokens=config.max_batch_tokens,
@@ -80,14 +107,21 @@ def serve(engine: Engine, config: TargetConfig, address: str = "127.0.0.1:0") ->
     server = grpc.server(
         ThreadPoolExecutor(max_rpcs, thread_name_prefix="target-rpc"),
         maximum_concurrent_rpcs=max_rpcs,
-        options=[("grpc.so_reuseport", 0)],  # a taken port is an error, not a shared one
+        interceptors=interceptors(credentials),
+        options=[
+            ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
+            (
+                "grpc.max_receive_message_length",
+                REQUEST_ROOM_BYTES + 2 * NUMBER_BYTES * engine.describe().max_tokens,
+            ),
+        ],
     )
     health_servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     server.add_generic_rpc_handlers((_Service(engine, dispatcher, config.max_concurrent_captures).handler(),))
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(address)
+        port = add_port(server, address, credentials)
     except RuntimeError as error:
         dispatcher.close()
         raise TargetError(f"target cannot listen on {address}: {error}; choose a free port, or 0") from error
@@ -95,18 +129,6 @@ def serve(engine: Engine, config: TargetConfig, address: str = "127.0.0.1:0") ->
     for service in ("", SERVICE):
         health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(f"{host}:{port}", server, health_servicer, dispatcher)
-
-
-def _refuse_beyond_loopback(host: str) -> None:
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise UsageError(
-            f"target address {host!r} is not on the loopback interface: plain gRPC would serve anyone who reaches it. "
-            "Listen on 127.0.0.1 and forward the port over a channel you trust"
-        )
 
 
 class _Service:
@@ -119,36 +141,36 @@ class _Service:
     def handler(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
             SERVICE,
-            {
+            {  # no deserializers: gRPC would answer bytes that are no message with INTERNAL
                 "Describe": grpc.unary_unary_rpc_method_handler(
-                    self.describe,
-                    request_deserializer=wire.DescribeRequest.FromString,
-                    response_serializer=wire.DescribeResponse.SerializeToString,
+                    self.describe, response_serializer=wire.DescribeResponse.SerializeToString
                 ),
-                "Capture": grpc.unary_stream_rpc_method_handler(
-                    self.capture, request_deserializer=wire.CaptureRequest.FromString, response_serializer=pack
-                ),
+                "Capture": grpc.unary_stream_rpc_method_handler(self.capture, response_serializer=pack),
             },
         )
 
-    def describe(self, message: wire.DescribeRequest, context: grpc.ServicerContext) -> wire.DescribeResponse:
+    def describe(self, message: bytes, context: grpc.ServicerContext) -> wire.DescribeResponse:
         return wire.DescribeResponse(**self._target.model_dump())
 
-    def capture(self, message: wire.CaptureRequest, context: grpc.ServicerContext) -> Iterator[FramedChunk]:
+    def capture(self, message: bytes, context: grpc.ServicerContext) -> Iterator[FramedChunk]:
         if not self._slots.acquire(blocking=False):
             context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"this target serves {self._max_concurrent_captures} captures at once already: try again, ask another "
                 "target, or raise target.max_concurrent_captures",
             )
+        watch: threading.Timer | None = None
         try:
-            request = read_request(message, self._target)
+            watch = _cut_off_after(LONGEST_CALL_S, context)
+            request = read_request(_parse(message), self._target)
             features = self._compute(request, context)
             if features is not None:
                 yield from _chunks(request, features)
         except SlipstreamError as error:
             _abort(context, error)
         finally:
+            if watch is not None:
+                watch.cancel()
             self._slots.release()
 
     def _compute(self, request: CaptureRequest, context: grpc.ServicerContext) -> CapturedFeatures | None:
@@ -171,6 +193,25 @@ class _Service:
         check_finite(features.context, f"context of sample {request.sample_id}")
         check_finite(features.last, f"last hidden state of sample {request.sample_id}")
         return features
+
+
+def _parse(message: bytes) -> wire.CaptureRequest:
+    try:
+        return wire.CaptureRequest.FromString(message)
+    except DecodeError as error:
+        raise CaptureRequestError(
+            f"these {len(message)} bytes are no CaptureRequest of proto/target.proto: {error}"
+        ) from error
+
+
+def _cut_off_after(seconds: float, context: grpc.ServicerContext) -> threading.Timer | None:
+    """End a call from outside that may still run then: its own thread can be waiting for a caller who reads no more."""
+    if context.time_remaining() <= seconds:
+        return None
+    timer = threading.Timer(seconds, context.cancel)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _abort(context: grpc.ServicerContext, error: SlipstreamError) -> NoReturn:
