@@ -265,14 +265,41 @@ class TableInfo(Record):
     resident_bytes: int
     """Bytes of committed samples and of captures in flight."""
     peak_bytes: int
+    """The most that they have been."""
+    wanted_bytes: int
+    """Bytes of the last capture that was refused for them; 0 once one was admitted."""
     capacity_bytes: int
     num_ready: int
+    """Samples with a use that can be leased."""
+    num_ready_uses: int
     num_leased: int
+    """Leases that are held."""
     num_inserting: int
+    """Captures in flight."""
     inserts: int
+    """Samples committed."""
     samples: int
+    """Leases given, those that went back included."""
     deletes: int
+    """Samples freed."""
     sealed: bool
+    """Nothing more will be inserted."""
+    generation: int
+    """Of the trainer group that may lease."""
+    max_times_sampled: int
+    """Most uses that one sample feeds."""
+    selector: str
+    min_size: int
+    samples_per_insert: int
+    min_diff: float | None
+    """Bounds of the rate limiter; None is unbounded."""
+    max_diff: float | None
+    difference: int
+    """Uses promised, captures in flight included, and not yet sampled: what the limiter holds between its bounds."""
+    can_insert: bool
+    """Whether the rate limiter lets another whole sample in; its bytes are another matter."""
+    can_sample: bool
+    """Whether the rate limiter lets a use go."""
 
 
 class Outcome(Record):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 FOLDER = Path(__file__).parent
-MARKERS = ("unit", "integration", "e2e")
+MARKERS = ("unit", "contract", "integration", "e2e")
 
 # Before anything imports torch, transformers or ray: they read these once, and the processes that tests start inherit
 # them.

@@ -175,7 +175,8 @@ class Job:
         self._write_run()
         self._evaluations.check()
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
-        self._table.create(recipe.replay.capacity, signature, recipe.replay.reuse)
+        replay = recipe.replay
+        self._table.create(replay.capacity, signature, replay.reuse, replay.rate_limiter, replay.sampling)
         self._table.set_generation(self._output.attempt)
         self._pool.start()
         self._coordinator = self._start_coordinator()

@@ -4,7 +4,7 @@ local capture, attempt = ARGV[1], tonumber(ARGV[2])
 local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt')
 local entry = redis.call('HGET', key('work:jobs'), capture)
 if fields[1] == 'inserting' and tonumber(fields[2]) == attempt then
-  free(capture)
+  free_inserting(capture)
 elseif fields[1] or not entry or attempt_of(entry) > attempt then
   return { 'STALE' }
 end

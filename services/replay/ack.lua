@@ -14,8 +14,7 @@ for position = 3, #ARGV do
   local capture = parse_lease(redis.call('HGET', key('leases'), ARGV[position]))
   end_lease(ARGV[position])
   if redis.call('HINCRBY', sample_key(capture), 'unacked', -1) == 0 then
-    free(capture)
-    redis.call('HINCRBY', key('table'), 'deletes', 1)
+    free_resident(capture)
   end
 end
 return { 'OK' }

@@ -28,25 +28,27 @@ end
 if known[1] and attempt <= tonumber(known[2]) then
   return { 'KNOWN' }
 end
-if known[1] and tonumber(known[3]) == num_bytes then
+if known[1] then
   -- A newer attempt takes over the space of the one it replaces, so it can never wait behind a full buffer.
-  drop_chunks(capture)
-  redis.call('DEL', sample_key(capture))
-elseif known[1] then
-  free(capture)
+  free_inserting(capture)
 end
 
+local promise = promise_of(tonumber(ARGV[4]))
 local resident = tonumber(redis.call('HGET', key('table'), 'resident'))
-if not known[1] or tonumber(known[3]) ~= num_bytes then
-  if resident + num_bytes > tonumber(limits[1]) then
-    return { 'FULL' }
-  end
-  resident = redis.call('HINCRBY', key('table'), 'resident', ARGV[3])
-  if resident > tonumber(redis.call('HGET', key('table'), 'peak')) then
-    redis.call('HSET', key('table'), 'peak', resident)
-  end
+if resident + num_bytes > tonumber(limits[1]) then
+  redis.call('HSET', key('table'), 'wanted', ARGV[3])
+  return { 'FULL' }
 end
+if not known[1] and not can_insert(promise) then
+  return { 'FULL' }
+end
+resident = count('resident', num_bytes)
+if resident > tonumber(redis.call('HGET', key('table'), 'peak')) then
+  redis.call('HSET', key('table'), 'peak', resident)
+end
+count('promising', promise)
+redis.call('HSET', key('table'), 'wanted', 0)
 redis.call('HSET', sample_key(capture), 'state', 'inserting', 'attempt', ARGV[2], 'bytes', ARGV[3], 'chunks', 0,
-  'stored', 0, 'admitted_s', ARGV[5])
+  'stored', 0, 'promise', promise, 'admitted_s', ARGV[5])
 redis.call('SADD', key('inserting'), capture)
 return { 'ADMITTED' }

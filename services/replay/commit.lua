@@ -3,7 +3,7 @@ local capture, attempt, num_chunks = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[7
 if table_is_lost() then
   return { 'LOST' }
 end
-local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks')
+local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks', 'promise')
 if fields[1] == 'resident' and tonumber(fields[2]) == attempt then
   return { 'KNOWN' }
 end
@@ -26,7 +26,7 @@ for index = 0, num_chunks - 1 do
   arrived = arrived + size
 end
 if arrived ~= tonumber(ARGV[3]) then
-  return { 'BYTES', arrived, ARGV[3] }
+  return { 'ARRIVED', arrived, ARGV[3] }
 end
 
 local order = redis.call('HINCRBY', key('table'), 'order', 1)
@@ -35,13 +35,18 @@ for position = 8 + num_chunks, #ARGV do
   redis.call('ZADD', uses_key(capture), ARGV[position], ARGV[position])
   num_uses = num_uses + 1
 end
-redis.call('HINCRBY', key('table'), 'resident', string.format('%d', -spare)) -- reserved for a longer answer than the target gave
+local promise = promise_of(num_uses)
+count('resident', -spare) -- reserved for a longer answer than the target gave
+count('promising', -tonumber(fields[5]))
+count('promised', promise)
+count('uses', num_uses)
 redis.call('DEL', sample_key(capture))
 redis.call('HSET', sample_key(capture), 'state', 'resident', 'attempt', fields[2], 'bytes', ARGV[3], 'chunks',
-  fields[4], 'record', ARGV[5], 'order', order, 'num_uses', num_uses, 'unacked', num_uses, 'committed_s', ARGV[4])
+  fields[4], 'record', ARGV[5], 'order', order, 'num_uses', num_uses, 'unacked', num_uses, 'promise', promise,
+  'weight', 1, 'committed_s', ARGV[4])
 redis.call('SREM', key('inserting'), capture)
-redis.call('ZADD', key('ready'), order, capture)
-redis.call('HINCRBY', key('table'), 'inserts', 1)
+enter_line(capture, order)
+count('inserts', 1)
 redis.call('RPUSH', key('outcomes'), ARGV[6])
 forget_job(capture)
 return { 'OK' }

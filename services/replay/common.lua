@@ -18,6 +18,12 @@ local function chunk_key(capture, attempt, index)
   return key('chunk:' .. capture .. ':' .. attempt .. ':' .. index)
 end
 
+-- Sets every counter to that of a table without samples.
+local function empty_table()
+  redis.call('HSET', key('table'), 'resident', 0, 'peak', 0, 'wanted', 0, 'sealed', 0, 'order', 0, 'lease', 0,
+    'inserts', 0, 'samples', 0, 'deletes', 0, 'uses', 0, 'taken', 0, 'promised', 0, 'promising', 0)
+end
+
 local function table_is_lost()
   return redis.call('EXISTS', key('table')) == 0
 end
@@ -30,14 +36,43 @@ local function drop_chunks(capture)
   end
 end
 
--- Removes a sample, committed or being inserted, and gives its bytes back.
-local function free(capture)
-  local num_bytes = redis.call('HGET', sample_key(capture), 'bytes')
-  drop_chunks(capture)
-  redis.call('DEL', sample_key(capture), uses_key(capture))
+local function count(name, number)
+  return redis.call('HINCRBY', key('table'), name, string.format('%d', number))
+end
+
+-- Puts a sample in the line that leases are taken from, unless it is there; a lower place is taken earlier by fifo.
+local function enter_line(capture, place)
+  redis.call('ZADD', key('ready'), 'NX', place, capture)
+  redis.call('ZADD', key('weights'), redis.call('HGET', sample_key(capture), 'weight'), capture)
+end
+
+local function leave_line(capture)
   redis.call('ZREM', key('ready'), capture)
+  redis.call('ZREM', key('weights'), capture)
+end
+
+-- Removes a capture that is being inserted, and gives its bytes back.
+local function free_inserting(capture)
+  local fields = redis.call('HMGET', sample_key(capture), 'bytes', 'promise')
+  drop_chunks(capture)
+  redis.call('DEL', sample_key(capture))
   redis.call('SREM', key('inserting'), capture)
-  redis.call('HINCRBY', key('table'), 'resident', '-' .. num_bytes)
+  count('resident', -tonumber(fields[1]))
+  count('promising', -tonumber(fields[2]))
+end
+
+-- Removes a committed sample, and gives its bytes back.
+local function free_resident(capture)
+  local fields = redis.call('HMGET', sample_key(capture), 'bytes', 'promise', 'num_uses')
+  local num_uses = tonumber(fields[3])
+  count('resident', -tonumber(fields[1]))
+  count('promised', -tonumber(fields[2]))
+  count('uses', -num_uses)
+  count('taken', redis.call('ZCARD', uses_key(capture)) - num_uses)
+  count('deletes', 1)
+  drop_chunks(capture)
+  leave_line(capture)
+  redis.call('DEL', sample_key(capture), uses_key(capture))
 end
 
 -- A lease is kept as "capture k generation rank".
@@ -55,7 +90,8 @@ local function return_use(lease_id)
   local capture, k = parse_lease(redis.call('HGET', key('leases'), lease_id))
   end_lease(lease_id)
   redis.call('ZADD', uses_key(capture), k, k)
-  redis.call('ZADD', key('ready'), 'NX', redis.call('HGET', sample_key(capture), 'order'), capture)
+  count('taken', -1)
+  enter_line(capture, redis.call('HGET', sample_key(capture), 'order'))
   return capture
 end
 

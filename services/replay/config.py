@@ -1,10 +1,14 @@
-"""Settings of the replay buffer: where it lives and how many bytes it may hold."""
+"""Settings of the replay buffer: where it lives, how many bytes it may hold, and who waits for whom."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_serializer
+from typing import Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_serializer, model_validator
 
 from services.contracts import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, WireDtype
+from services.replay.rate_limiter import RateLimiter
+from services.replay.selectors import Selector, SelectorKind
 from services.replay.urls import without_password
 
 EMBEDDED = "embedded"
@@ -31,6 +35,68 @@ class ReplayConfig(BaseModel):
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
     lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")
+    min_size: int = Field(
+        1,
+        ge=1,
+        description="samples that must be in the buffer before the trainer gets any: what uniform and prioritized "
+        "draw from. It never holds up a full buffer or the end of the plan",
+    )
+    samples_per_insert: int | None = Field(
+        None,
+        ge=1,
+        description="with error_buffer: uses that a capture is expected to feed; null is replay.reuse. Less lets the "
+        "buffer fill up before samples are used again",
+    )
+    error_buffer: int | None = Field(
+        None,
+        ge=1,
+        description="uses by which capturing may run ahead of training, or training ahead of capturing; null leaves "
+        "that to replay.capacity",
+    )
+    selector: SelectorKind = Field(
+        SelectorKind.FIFO,
+        description="which sample comes next: fifo (oldest first), uniform (any), prioritized (rather one whose drafts "
+        "were rejected)",
+    )
+    priority_exponent: float = Field(
+        0.6, ge=0, le=2, description="prioritized: rejection to this power is a sample's share; 0 is uniform"
+    )
+    importance_exponent: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="prioritized: how far the loss undoes the uneven draws; 1 wholly, 0 not at all",
+    )
+
+    @property
+    def rate_limiter(self) -> RateLimiter:
+        """The limits that these settings make."""
+        return RateLimiter.with_error_buffer(self.min_size, self.samples_per_insert or self.reuse, self.error_buffer)
+
+    @property
+    def sampling(self) -> Selector:
+        """How the table chooses samples."""
+        return Selector(self.selector, self.priority_exponent, self.importance_exponent)
+
+    @model_validator(mode="after")
+    def _limits_do_something(self) -> Self:
+        if self.samples_per_insert is not None and self.error_buffer is None:
+            raise ValueError(
+                f"samples_per_insert {self.samples_per_insert} does nothing without error_buffer, which says how far "
+                "capturing and training may be apart: set replay.error_buffer, or leave samples_per_insert out"
+            )
+        if self.samples_per_insert is not None and self.samples_per_insert > self.reuse:
+            raise ValueError(
+                f"samples_per_insert {self.samples_per_insert} is more than reuse {self.reuse}, which is all the uses "
+                "that a capture feeds: lower it, or raise replay.reuse"
+            )
+        if self.selector is SelectorKind.PRIORITIZED and self.reuse == 1:
+            raise ValueError(
+                "selector prioritized needs reuse of 2 or more: with reuse 1 a sample is freed after its first use, "
+                "and its priority would never be read. Raise replay.reuse, or set replay.selector to uniform"
+            )
+        self.rate_limiter  # refuses limits that would come to a stand  # noqa: B018
+        return self
 
     @field_serializer("redis")
     def _without_password(self, url: str) -> str:

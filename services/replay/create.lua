@@ -1,16 +1,17 @@
--- create: signature, capacity bytes, most uses of a sample, incarnation
+-- create: signature, capacity bytes, most uses of a sample, incarnation, min_size, samples_per_insert, min_diff,
+-- max_diff, largest lease, selector, priority exponent, importance exponent
 local current = redis.call('HMGET', key('table'), 'signature', 'resident')
-if not current[1] then
-  redis.call('HSET', key('table'), 'signature', ARGV[1], 'capacity', ARGV[2], 'max_times_sampled', ARGV[3],
-    'incarnation', ARGV[4], 'resident', 0, 'peak', 0, 'generation', 0, 'sealed', 0, 'order', 0, 'lease', 0,
-    'inserts', 0, 'samples', 0, 'deletes', 0)
-  return { 'OK' }
-end
-if current[1] ~= ARGV[1] then
+if current[1] and current[1] ~= ARGV[1] then
   return { 'SIGNATURE', current[1] }
 end
-if tonumber(current[2]) > tonumber(ARGV[2]) then
+if current[1] and tonumber(current[2]) > tonumber(ARGV[2]) then
   return { 'SHRUNK', current[2] }
 end
-redis.call('HSET', key('table'), 'capacity', ARGV[2], 'max_times_sampled', ARGV[3])
+if not current[1] then
+  redis.call('HSET', key('table'), 'signature', ARGV[1], 'incarnation', ARGV[4], 'generation', 0)
+  empty_table()
+end
+redis.call('HSET', key('table'), 'capacity', ARGV[2], 'max_times_sampled', ARGV[3], 'min_size', ARGV[5],
+  'samples_per_insert', ARGV[6], 'min_diff', ARGV[7], 'max_diff', ARGV[8], 'largest_lease', ARGV[9],
+  'selector', ARGV[10], 'priority_exponent', ARGV[11], 'importance_exponent', ARGV[12])
 return { 'OK' }

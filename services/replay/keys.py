@@ -2,11 +2,12 @@
 
 | key | type | holds |
 |---|---|---|
-| `P:table` | hash | signature, capacity, resident and peak bytes, generation, counters |
+| `P:table` | hash | signature, limits, resident and peak bytes, generation, counters |
 | `P:sample:<capture>` | hash | state (`inserting`, `resident`), attempt, bytes, number of chunks, the sample's record |
 | `P:uses:<capture>` | sorted set | the k that are neither leased nor acked |
 | `P:chunk:<capture>:<attempt>:<index>` | string | one payload |
-| `P:ready` | sorted set | captures with such a k, in the order they are leased |
+| `P:ready` | sorted set | captures with such a k, in the order that fifo leases them |
+| `P:weights` | sorted set | the same captures, by what prioritized weighs them |
 | `P:inserting` | set | captures in flight |
 | `P:leases`, `P:deadlines` | hash, sorted set | lease id to what it leases, lease id to its deadline |
 | `P:outcomes` | list | what became of captures, for the coordinator |

@@ -8,7 +8,10 @@ from importlib.resources import files
 import redis
 from redis.commands.core import Script
 
-from services.errors import TableLostError
+from services.replay.refusals import table_lost
+
+SHARED = ("common", "rate_limiter", "selectors")
+"""What each script begins with."""
 
 Reply = list[bytes]
 """What follows the first word of a script's reply."""
@@ -17,7 +20,7 @@ Reply = list[bytes]
 @cache
 def _source(name: str) -> str:
     folder = files("services.replay")
-    return folder.joinpath("common.lua").read_text("utf-8") + folder.joinpath(f"{name}.lua").read_text("utf-8")
+    return "".join(folder.joinpath(f"{part}.lua").read_text("utf-8") for part in (*SHARED, name))
 
 
 class Scripts:
@@ -42,8 +45,5 @@ class Scripts:
         word, *rest = self._scripts[name](keys=[self._prefix], args=arguments)
         status = word.decode()
         if status == "LOST":
-            raise TableLostError(
-                f"there is no replay table under the prefix {self._prefix!r}: it was never created, or Redis restarted "
-                "empty. Run the same command again: it continues from the last checkpoint."
-            )
+            raise table_lost(self._prefix)
         return status, rest

@@ -19,10 +19,9 @@ end
 for _, capture in ipairs(redis.call('ZRANGE', key('ready'), 0, -1)) do
   local fields = redis.call('HMGET', sample_key(capture), 'attempt', 'num_uses', 'unacked', 'order')
   if fields[2] == fields[3] then
-    redis.call('ZADD', key('ready'), fields[4], capture)
+    redis.call('ZADD', key('ready'), fields[4], capture) -- the place it had before any lease
   else
-    free(capture)
-    redis.call('HINCRBY', key('table'), 'deletes', 1)
+    free_resident(capture)
     redis.call('RPUSH', key('outcomes'), string.format(
       '{"capture":%s,"attempt":%s,"kind":"failed","retry":true,"reason":"partly used when generation %s began"}',
       capture, fields[1], generation))

@@ -163,7 +163,13 @@ class ReplayShard:
             return self._stats.model_copy(update={"num_in_flight": len(self._in_flight)})
 
     def _attach(self) -> None:
-        self._table.create(self._config.capacity, self._signature, self._config.reuse)
+        self._table.create(
+            self._config.capacity,
+            self._signature,
+            self._config.reuse,
+            self._config.rate_limiter,
+            self._config.sampling,
+        )
         # A Redis that restarted empty has forgotten which trainer group is the current one.
         self._generation = max(self._generation, self._table.generation() or 0)
         with contextlib.suppress(StaleGenerationError):  # a newer group began just now

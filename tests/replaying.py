@@ -1,0 +1,84 @@
+"""What the contract suites of replay tables share: small samples, and short ways to do the usual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from services.contracts import CaptureJob, Chunk, Outcome, Sample, SampleLease, TableSignature
+from services.replay.protocol import CaptureQueue, ReplayTable
+from services.replay.rules import Admission
+
+SIGNATURE = TableSignature(fingerprint="f", layer_ids=(0, 2), hidden_size=4, dtype="bf16")
+"""16 bytes a context row, 8 bytes a last row."""
+
+JOB_BYTES = 56
+"""A sample of 3 tokens and 1 last row."""
+
+
+class Replay(NamedTuple):
+    """A table, the work queue that belongs to it, and where its selectors' numbers come from."""
+
+    table: ReplayTable
+    work: CaptureQueue
+
+
+MakeReplay = Callable[..., Replay]
+"""Makes a table under a prefix of its own; `draw` is where its selectors' numbers come from."""
+
+
+def make_job(
+    capture: int, *, tokens: int = 3, attempt: int = 0, reuse: int = 1, ks: tuple[int, ...] | None = None
+) -> CaptureJob:
+    return CaptureJob(
+        capture=capture,
+        attempt=attempt,
+        prompt=capture + 100,
+        epoch=0,
+        reuse=reuse,
+        input_ids=tuple(range(tokens)),
+        loss_mask=(0,) * (tokens - 2) + (1, 1),
+        last_rows=(tokens - 2,),
+        ks=ks,
+    )
+
+
+def bytes_of(job: CaptureJob) -> int:
+    return 16 * job.num_tokens + 8
+
+
+def make_sample(job: CaptureJob) -> Sample:
+    """Two chunks: all context rows, and the one last row."""
+    chunks = (
+        Chunk(tensor="context", row_start=0, row_end=job.num_tokens, num_bytes=16 * job.num_tokens, crc32c=0),
+        Chunk(tensor="last", row_start=0, row_end=1, num_bytes=8, crc32c=0),
+    )
+    return Sample(job=job, chunks=chunks, num_bytes=bytes_of(job), target="somewhere")
+
+
+def store(table: ReplayTable, job: CaptureJob) -> Sample:
+    sample = make_sample(job)
+    for index, chunk in enumerate(sample.chunks):
+        table.put_chunk(job, index, bytes([index + 1]) * chunk.num_bytes)
+    return sample
+
+
+def insert(table: ReplayTable, job: CaptureJob, now_s: float = 0.0) -> Sample:
+    assert table.admit(job, bytes_of(job), now_s) is Admission.ADMITTED
+    sample = store(table, job)
+    table.commit(sample, now_s)
+    return sample
+
+
+def lease(
+    table: ReplayTable, count: int = 1, *, now_s: float = 0.0, generation: int = 0, captures: list[int] | None = None
+) -> list[SampleLease]:
+    return table.lease(rank=0, generation=generation, count=count, now_s=now_s, lease_s=10.0, captures=captures)
+
+
+def captures_of(leases: list[SampleLease]) -> list[int]:
+    return [item.sample.job.capture for item in leases]
+
+
+def failed(job: CaptureJob, *, retry: bool = False) -> Outcome:
+    return Outcome(capture=job.capture, attempt=job.attempt, kind="failed", retry=retry, reason="because")
