@@ -166,3 +166,31 @@ def alive_nodes() -> list[Node]:
 def read_nodes(nodes: Iterable[Mapping[str, Any]]) -> list[Node]:
     """The living ones of `ray.nodes()`."""
     return [Node(node["Resources"], node["Labels"]) for node in nodes if node["Alive"]]
+
+
+def this_node() -> str:
+    """Ray's id of the node that this process runs on."""
+    import ray
+
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id
+
+
+def on_this_node() -> Any:
+    """The scheduling strategy of an actor that must run beside this process, there again after a restart."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(this_node(), soft=False)
+
+
+def node_address() -> str:
+    """This machine's address in the cluster."""
+    import ray
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def address_for_others() -> str | None:
+    """This machine's address if the cluster has other nodes, else None."""
+    return node_address() if len(alive_nodes()) > 1 else None

@@ -15,7 +15,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,14 +27,15 @@ from services.control.board import StatusBoard
 from services.control.records import RunStatus
 from services.errors import ReplayUnavailableError, SlipstreamError, StoppedError, TargetError
 from services.logs import EventLog, process_log
+from services.placement import address_for_others, on_this_node, this_node
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
-from services.replay.config import EMBEDDED, ReplayConfig
-from services.replay.connect import check_server, claim, connect
-from services.replay.embedded import EmbeddedRedis
+from services.replay.connect import connect
 from services.replay.registry import TargetRegistry
 from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
-from services.replay.urls import hide_passwords, with_password
+from services.replay.urls import hide_passwords
+from services.security import Credentials
+from services.target.listening import Listening
 from services.target.pool import TargetPool
 from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, TelemetryReader
 from services.views.prometheus import PrometheusSink
@@ -50,6 +51,7 @@ from trainer.page import own_dashboard
 from trainer.preparation import Preparation, prepare
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
+from trainer.run_redis import RunRedis, run_redis, table_prefix
 from trainer.steering import Steering
 from trainer.summary import Summary
 
@@ -89,9 +91,9 @@ def run_job(
         claim_output_dir(prepared.recipe) as output,
         process_log(output.log_place("driver")),
         own_dashboard(output.path, console) if dashboard else contextlib.nullcontext(),
-        replay_redis(recipe.replay, output) as url,
         ray_cluster(local=local_ray),
-        Job(prepared, output, url, console, started_s) as job,
+        run_redis(recipe.replay, output, address_for_others()) as redis,
+        Job(prepared, output, redis, console, started_s) as job,
     ):
         job.start()
         try:
@@ -102,33 +104,11 @@ def run_job(
         return job.finish()
 
 
-@contextlib.contextmanager
-def replay_redis(config: ReplayConfig, output: OutputDir) -> Iterator[str]:
-    """The URL of the Redis that holds this run: an embedded one that ends with it, or the user's own."""
-    if config.redis == EMBEDDED:
-        embedded = EmbeddedRedis.start(output.path, config.capacity)
-        try:
-            yield embedded.url
-        finally:
-            embedded.close()
-        return
-    url = with_password(config.redis, os.environ)
-    with contextlib.closing(connect(url)) as client:
-        check_server(client, config.capacity, table_prefix(output))
-        with claim(client, table_prefix(output), owner=str(output.path)):
-            yield url
-
-
-def table_prefix(output: OutputDir) -> str:
-    """What every Redis key of a run begins with."""
-    return f"slipstream:{output.run_id}"
-
-
 class Job:
     """The parts of one attempt of a run; leaving the context ends them all."""
 
     def __init__(
-        self, prepared: Preparation, output: OutputDir, redis_url: str, console: RunConsole, started_s: float
+        self, prepared: Preparation, output: OutputDir, redis: RunRedis, console: RunConsole, started_s: float
     ) -> None:
         self._prepared = prepared
         self._recipe = prepared.for_actors()
@@ -136,11 +116,14 @@ class Job:
         self._console = console
         self._started_s = started_s
         self._resume = latest_checkpoint(output.path)
-        self._where = (redis_url, table_prefix(output))
-        self._redis = connect(redis_url)
+        self._where = (redis.url, table_prefix(output))
+        self._keep_redis_alive = redis.keep_alive
+        self._redis = connect(redis.url)
         self._table = RedisTable(self._redis, table_prefix(output))
         self._registry = TargetRegistry(self._redis, table_prefix(output))
-        self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"))
+        credentials = Credentials.make(insecure=self._recipe.target.insecure)
+        self._listening = Listening(self._recipe.target.listen, credentials, this_node())
+        self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"), self._listening)
         self._evaluations = Evaluations(
             prepared.recipe, str(prepared.target_folder), output.evaluations, output.log_place("evaluator")
         )
@@ -196,8 +179,10 @@ class Job:
             recipe.replay,
             signature,
             self._output.answers,
+            self._listening.credentials.for_client(),
             max_concurrency=4,
             log=self._output.log_place("shard"),
+            scheduling_strategy=on_this_node(),  # beside the embedded Redis
         )
         ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
         wait_started(self._parts, self._steering.look)
@@ -222,6 +207,8 @@ class Job:
                     result_of(future, "the replay shard")
                     raise SlipstreamError("the replay shard ended before training did")
                 self._results.append(result_of(future, self._training.pop(future)))
+            if message := self._keep_redis_alive():
+                self._observer.report(Event(time_s=time.time(), kind="redis", message=message))
             self._pool.check()
             for event in self._pool.events():
                 self._observer.report(event)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from services.answers import AnswerWriter
@@ -40,6 +41,7 @@ from services.replay.registry import TargetRegistry
 from services.replay.table import Admission, RedisTable
 from services.replay.targets import CaptureClient, Targets
 from services.replay.work import WorkQueue
+from services.security import Credentials
 from services.telemetry import TelemetryWriter
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class ReplayShard:
         config: ReplayConfig,
         signature: TableSignature,
         answers: Path | None = None,
+        credentials: Credentials | None = None,
         *,
         connect_target: Callable[[str], CaptureClient] | None = None,
         clock: Callable[[], float] = time.time,
@@ -97,6 +100,7 @@ class ReplayShard:
             config: Capacity, chunk size, number of pulls, reuse, lease time.
             signature: What the table holds.
             answers: Where the target's own answers go; needed only for jobs that let it answer.
+            credentials: Of the run's targets; None for targets on the loopback interface that ask for none.
             connect_target: Makes a target's client; gRPC by default.
             clock: Seconds, shared with whoever leases from the table.
 
@@ -112,7 +116,7 @@ class ReplayShard:
         self._registry = TargetRegistry(client, prefix)
         self._telemetry = TelemetryWriter(client, prefix)
         self._answers = AnswerWriter(answers) if answers else None
-        self._targets = Targets(signature, connect_target or _connect_grpc)
+        self._targets = Targets(signature, connect_target or partial(_connect_grpc, credentials))
         self._stop = threading.Event()
         self._slots = threading.Semaphore(config.pulls)
         self._lock = threading.Lock()
@@ -397,7 +401,7 @@ class ReplayShard:
             )
 
 
-def _connect_grpc(address: str) -> CaptureClient:
-    from services.target.client import TargetClient  # tests and synthetic producers need no gRPC
+def _connect_grpc(credentials: Credentials | None, address: str) -> CaptureClient:
+    from services.target.client import run_client  # tests and synthetic producers need no gRPC
 
-    return TargetClient(address)
+    return run_client(address, credentials)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from services.contracts import TargetDescription
 from services.errors import DeadlineError, SlipstreamError, TargetError
 from services.memory import keep_freed_memory
+from services.placement import node_address, this_node
+from services.security import Credentials
 from services.target.config import TargetConfig
+from services.target.listening import LOOPBACK, Listening
 
 if TYPE_CHECKING:
     from services.target.engine import Engine
@@ -26,9 +29,15 @@ class TargetServer:
     A restarted actor loads again and has another address.
     """
 
-    def __init__(self, config: TargetConfig, host: str = "127.0.0.1") -> None:
+    def __init__(self, config: TargetConfig, listening: Listening | None = None) -> None:
+        """Begin to load.
+
+        Args:
+            config: What it is.
+            listening: Where it serves, and with whose credentials; None is the loopback interface, open to its machine.
+        """
         self._config = config
-        self._host = host
+        self._listening = listening
         self._settled = threading.Event()
         self._failure: SlipstreamError | None = None
         self._engine: Engine | None = None
@@ -74,6 +83,13 @@ class TargetServer:
         if self._server is not None:
             self._server.stop(grace_s)
 
+    def _address(self) -> tuple[str, Credentials | None]:
+        """Where to listen, with what."""
+        if self._listening is None:
+            return f"{LOOPBACK}:0", None
+        host = self._listening.host(this_node(), node_address())
+        return f"{host}:0", self._listening.credentials.at(host)
+
     def _load(self) -> None:
         keep_freed_memory()
         try:
@@ -85,7 +101,7 @@ class TargetServer:
             if self._config.threads is not None:
                 torch.set_num_threads(self._config.threads)
             self._engine = TransformersEngine(self._config)
-            self._server = serve(self._engine, self._config, f"{self._host}:0")
+            self._server = serve(self._engine, self._config, *self._address())
             logger.info("serves %s at %s", self._config.model, self._server.address)
         except SlipstreamError as error:
             self._failure = error

@@ -201,6 +201,11 @@ class TargetClient:
         return kind(f"target {self.address}, {what}: {details} ({error.code().name})")
 
 
+def run_client(address: str, credentials: Credentials | None) -> TargetClient:
+    """A client of one of a run's targets: on the loopback interface it speaks no TLS, as the target there does."""
+    return TargetClient(address, credentials.at(address.rpartition(":")[0]) if credentials else None)
+
+
 def _generate(generation: Generation) -> wire.Generate:
     return wire.Generate(
         max_new_tokens=generation.max_new_tokens,

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from services.placement import PlacementConfig
 
+ListenWhere = Literal["auto", "loopback", "node"]
+"""auto: on the loopback interface on the shard's machine, on the node's address with token and TLS on others."""
+
 
 class TargetConfig(PlacementConfig):
     """The recipe's `target` section. GPUs, CPUs, resources and labels are those of each server."""
@@ -22,6 +25,13 @@ class TargetConfig(PlacementConfig):
     max_batch_samples: int = Field(64, ge=1, description="most samples of one forward pass")
     batch_wait_ms: float = Field(2.0, ge=0, description="how long a forward waits for more requests to join it")
     max_concurrent_captures: int = Field(64, ge=1, description="Capture calls served at once; more are refused")
+
+    listen: ListenWhere = Field(
+        "auto",
+        description="'loopback' serves the replay shard's machine alone, 'node' listens on the node's address; 'auto' "
+        "is loopback beside the shard and node elsewhere",
+    )
+    insecure: bool = Field(False, description="no TLS beyond the loopback interface; for networks you trust")
 
     @model_validator(mode="after")
     def _starts_within_its_bound(self) -> Self:

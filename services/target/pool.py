@@ -23,6 +23,7 @@ from services.logs import LogPlace, logged
 from services.placement import alive_nodes
 from services.target.actor import TargetServer
 from services.target.config import TargetConfig
+from services.target.listening import Listening
 from services.target.replica import Replica, choose_to_end
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -68,12 +69,19 @@ class TargetPool:
         publish: Called about once a second with the live addresses, from the watcher's thread. A SlipstreamError that
             it raises becomes an event; the next call tries again.
         log: Where the targets log to, each in a file with its index.
+        listening: Where they serve, and with whose credentials; None is the loopback interface of their machines, open
+            to everyone there.
     """
 
     def __init__(
-        self, config: TargetConfig, publish: Callable[[Sequence[str]], None], log: LogPlace | None = None
+        self,
+        config: TargetConfig,
+        publish: Callable[[Sequence[str]], None],
+        log: LogPlace | None = None,
+        listening: Listening | None = None,
     ) -> None:
         self._config = config
+        self._listening = listening
         self._log = log
         self._publish = publish
         self._replicas: list[Replica] = []
@@ -229,7 +237,7 @@ class TargetPool:
         for _ in range(count):
             place = self._log.model_copy(update={"rank": self._next_index}) if self._log else None
             actor_class: Any = ray.remote(logged(TargetServer, place) if place else TargetServer)
-            actor = actor_class.options(**options).remote(self._config)
+            actor = actor_class.options(**options).remote(self._config, self._listening)
             is_added = self._watcher is not None
             self._replicas.append(Replica(self._next_index, actor, asked_s=time.monotonic(), is_added=is_added))
             self._next_index += 1
