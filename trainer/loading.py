@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -72,6 +73,18 @@ class MicroBatchLoader:
         """End the leases of a micro-batch: the last use of a sample frees its bytes."""
         if micro_batch.leases:
             self._reader.ack(micro_batch.leases, self._generation)
+
+    def update_priorities(self, micro_batch: MicroBatch, rejections: torch.Tensor) -> None:
+        """Have the table know how much of what was drafted for each sample was rejected.
+
+        Args:
+            micro_batch: What was trained.
+            rejections: [B], of its samples; NaN says nothing.
+        """
+        if micro_batch.leases:
+            captures = [lease.sample.job.capture for lease in micro_batch.leases]
+            pairs = zip(captures, rejections.tolist(), strict=True)
+            self._reader.update_priorities({capture: value for capture, value in pairs if not math.isnan(value)})
 
     def _lease(self, captures: Sequence[int] | None, cancelled: threading.Event) -> list[SampleLease]:
         if captures is not None and not captures:

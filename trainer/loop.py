@@ -54,6 +54,7 @@ class TrainingLoop:
         total_steps: Steps of the whole run, for the schedule.
         done_steps: Steps of earlier attempts.
         figures: Adds this attempt up.
+        update_priorities: Hears how much of each sample's drafts was rejected; None where nobody draws by it.
     """
 
     engine: Any
@@ -68,6 +69,7 @@ class TrainingLoop:
     total_steps: int
     done_steps: int
     figures: RunFigures
+    update_priorities: Callable[[MicroBatch, torch.Tensor], None] | None = None
 
     def run(self) -> TrainResult:
         """Train until END; the last checkpoint is published before this returns.
@@ -96,6 +98,8 @@ class TrainingLoop:
                 loss = output.loss * (world_size / granted.num_micro_batches)
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.ack(micro_batch)
+                if self.update_priorities is not None:
+                    self.update_priorities(micro_batch, output.rejections)
                 self.engine.step()
                 tally.add(output.metrics, micro_batch.leases, micro_batch.num_tokens)
             self._finish_step(step, tally, time.perf_counter() - started_s - self.batches.take_paused_s())

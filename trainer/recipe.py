@@ -20,6 +20,7 @@ from services.errors import RecipeError
 from services.placement import PlacementConfig
 from services.prompts.config import PromptsConfig
 from services.replay.config import ReplayConfig
+from services.replay.selectors import SelectorKind
 from services.replay.urls import safe_url
 from services.target.config import TargetConfig
 
@@ -92,6 +93,13 @@ class Recipe(BaseModel):
                 f"trainer.deterministic needs replay.reuse: 1, not {self.replay.reuse}: which rank gets a sample's "
                 "next use depends on who asks first. Set replay.reuse to 1, or trainer.deterministic to false"
             )
+        replay = self.replay
+        if replay.selector != SelectorKind.FIFO or replay.error_buffer is not None or replay.min_size > 1:
+            raise ValueError(
+                "trainer.deterministic names the samples of each step in plan order, so nothing is left to choose or "
+                f"to wait for: leave out replay.selector ({replay.selector.value}), replay.min_size ({replay.min_size}) "
+                f"and replay.error_buffer ({replay.error_buffer}), or set trainer.deterministic to false"
+            )
         if self.prompts.answers == "target":
             raise ValueError(
                 "trainer.deterministic needs prompts.answers: dataset: an answer of the target's that is too short to "
@@ -102,6 +110,18 @@ class Recipe(BaseModel):
                 f"trainer.deterministic needs target.max_batch_samples: 1, not {self.target.max_batch_samples}: what a "
                 "sample shares its forward pass with changes its last bits. Set target.max_batch_samples to 1, or "
                 "trainer.deterministic to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rate_limiter_gives_micro_batches(self) -> Self:
+        largest = self.replay.rate_limiter.largest_lease
+        if self.trainer.micro_batch_size > largest:
+            raise ValueError(
+                f"trainer.micro_batch_size {self.trainer.micro_batch_size} is more than the {largest:g} uses that "
+                f"replay.error_buffer {self.replay.error_buffer} and replay.min_size {self.replay.min_size} always let "
+                "go at once: training would wait for samples, and capturing for training. Raise replay.error_buffer "
+                "or replay.min_size, or lower trainer.micro_batch_size"
             )
         return self
 

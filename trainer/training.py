@@ -114,6 +114,7 @@ def train(
             total_steps=total_steps,
             done_steps=done_steps,
             figures=RunFigures(last_losses),
+            update_priorities=loader.update_priorities if recipe.replay.is_prioritized else None,
         ).run()
 
 

@@ -74,6 +74,11 @@ class ReplayConfig(BaseModel):
         return RateLimiter.with_error_buffer(self.min_size, self.samples_per_insert or self.reuse, self.error_buffer)
 
     @property
+    def is_prioritized(self) -> bool:
+        """Whether samples are drawn by how the drafter does on them."""
+        return self.selector is SelectorKind.PRIORITIZED
+
+    @property
     def sampling(self) -> Selector:
         """How the table chooses samples."""
         return Selector(self.selector, self.priority_exponent, self.importance_exponent)
@@ -90,7 +95,7 @@ class ReplayConfig(BaseModel):
                 f"samples_per_insert {self.samples_per_insert} is more than reuse {self.reuse}, which is all the uses "
                 "that a capture feeds: lower it, or raise replay.reuse"
             )
-        if self.selector is SelectorKind.PRIORITIZED and self.reuse == 1:
+        if self.is_prioritized and self.reuse == 1:
             raise ValueError(
                 "selector prioritized needs reuse of 2 or more: with reuse 1 a sample is freed after its first use, "
                 "and its priority would never be read. Raise replay.reuse, or set replay.selector to uniform"

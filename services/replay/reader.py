@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +183,14 @@ class ReplayReader:
             UnknownSampleError: A lease is not held any more. Nothing is changed.
         """
         self._table.release(leases, generation)
+
+    def update_priorities(self, rejections: Mapping[int, float]) -> None:
+        """Note how much of the drafts for some captures' samples was rejected: what `prioritized` draws by.
+
+        Args:
+            rejections: By capture, from 0 to 1. Samples that are used up are passed over.
+        """
+        self._table.update_priorities(rejections)
 
     def close(self) -> None:
         """Close the connections."""

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from services.errors import RecipeError
+from services.replay.rate_limiter import RateLimiter
+from services.replay.selectors import Selector, SelectorKind
 from trainer.recipe import Recipe, TrainerConfig, build_recipe, known_keys, load_recipe
 
 SMALLEST = "target: {model: Qwen/Qwen3-4B}\nprompts: {source: prompts.jsonl}\n"
@@ -128,6 +130,42 @@ def test_deterministic_run_is_refused_with_the_line_to_change(
     recipe_file: Path, overrides: list[str], says: str
 ) -> None:
     assert says in explain(recipe_file, "trainer.deterministic=true", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["replay.samples_per_insert=1"], "samples_per_insert 1 does nothing without error_buffer"),
+        (["replay.reuse=2", "replay.samples_per_insert=3", "replay.error_buffer=9"], "is more than reuse 2"),
+        (["replay.reuse=4", "replay.error_buffer=3"], "error_buffer 3 is below samples_per_insert 4"),
+        (["replay.selector=prioritized"], "selector prioritized needs reuse of 2 or more"),
+        (["replay.selector=newest"], "'fifo', 'uniform' or 'prioritized'"),
+        (
+            ["replay.error_buffer=2", "trainer.micro_batch_size=4"],
+            "trainer.micro_batch_size 4 is more than the 3 uses that replay.error_buffer 2 and replay.min_size 1",
+        ),
+    ],
+)
+def test_rate_limiter_or_selector_that_cannot_work_is_refused(
+    recipe_file: Path, overrides: list[str], says: str
+) -> None:
+    assert says in explain(recipe_file, "trainer.global_batch_size=12", "replay.reuse=1", *overrides)
+
+
+@pytest.mark.parametrize(
+    "override", ["replay.selector=uniform", "replay.min_size=2", "replay.error_buffer=64"], ids=lambda text: text
+)
+def test_deterministic_run_leaves_nothing_to_choose(recipe_file: Path, override: str) -> None:
+    overrides = ["trainer.deterministic=true", "replay.reuse=1", "target.max_batch_samples=1", override]
+    assert "names the samples of each step in plan order" in explain(recipe_file, *overrides)
+
+
+def test_limits_and_selector_come_from_the_recipe(recipe_file: Path) -> None:
+    overrides = ["replay.reuse=2", "replay.min_size=10", "replay.error_buffer=16", "replay.selector=prioritized"]
+    replay = load_recipe(recipe_file, [*overrides, "replay.importance_exponent=1"]).replay
+    assert replay.rate_limiter == RateLimiter(10, 2, 4, 36)
+    assert replay.sampling == Selector(SelectorKind.PRIORITIZED, 0.6, 1.0)
+    assert load_recipe(recipe_file, ["replay.reuse=3"]).replay.rate_limiter == RateLimiter(samples_per_insert=3)
 
 
 def test_deterministic_run_is_accepted_with_one_use_and_one_sample_a_pass(recipe_file: Path) -> None:
