@@ -97,8 +97,9 @@ class Recipe(BaseModel):
         if replay.selector != SelectorKind.FIFO or replay.error_buffer is not None or replay.min_size > 1:
             raise ValueError(
                 "trainer.deterministic names the samples of each step in plan order, so nothing is left to choose or "
-                f"to wait for: leave out replay.selector ({replay.selector.value}), replay.min_size ({replay.min_size}) "
-                f"and replay.error_buffer ({replay.error_buffer}), or set trainer.deterministic to false"
+                f"to wait for: leave out replay.selector ({replay.selector.value}), replay.min_size "
+                f"({replay.min_size}) and replay.error_buffer ({replay.error_buffer}), or set trainer.deterministic to "
+                "false"
             )
         if self.prompts.answers == "target":
             raise ValueError(

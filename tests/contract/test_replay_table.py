@@ -501,3 +501,61 @@ def test_lease_of_a_lost_table_is_unknown_to_the_new_one(table: ReplayTable) -> 
     with pytest.raises(UnknownSampleError):
         table.ack([old], 0, 0.0)
     table.ack([new], 0, 0.0)
+
+
+# Clearing.
+
+
+def test_clear_drops_samples_leases_and_jobs_and_keeps_what_was_not_drained(
+    table: ReplayTable, work: CaptureQueue
+) -> None:
+    for capture in (0, 1):
+        insert(table, make_job(capture))
+    (held,) = lease(table)
+    in_flight = make_job(2)
+    work.push(in_flight)
+    work.push(make_job(3))
+    assert work.take(0.0, 10.0) == in_flight
+    table.admit(in_flight, JOB_BYTES, 0.0, queued=True)
+    table.put_chunk(in_flight, 0, bytes(48))
+    table.admit(make_job(4), JOB_BYTES, 0.0)
+    assert table.admit(make_job(5), JOB_BYTES, 0.0) is Admission.FULL
+    table.seal()
+    before = table.incarnation()
+    cleared = table.clear(3)
+    assert cleared.incarnation == table.incarnation() != before
+    assert [(outcome.capture, outcome.kind) for outcome in cleared.outcomes] == [(0, "committed"), (1, "committed")]
+    assert (table.drain_outcomes(), work.size(), work.expire(1e9)) == ([], 0, [])
+    info = table.info()
+    assert (info.resident_bytes, info.num_ready, info.num_ready_uses, info.num_leased, info.num_inserting) == (0,) * 5
+    assert (info.inserts, info.samples, info.deletes, info.difference, info.wanted_bytes) == (0,) * 5
+    assert (info.generation, info.sealed, info.peak_bytes) == (3, False, 4 * JOB_BYTES)
+    assert table.get_chunk(in_flight, 0) is None
+    with pytest.raises(UnknownSampleError, match="abandoned or never admitted"):
+        table.put_chunk(in_flight, 1, bytes(8))
+    with pytest.raises(StaleGenerationError):
+        table.ack([held], 0, 0.0)
+    with pytest.raises(UnknownSampleError, match="not held"):
+        table.ack([held], 3, 0.0)
+    insert(table, make_job(1))
+    assert captures_of(lease(table, generation=3)) == [1]
+
+
+def test_clear_for_an_older_generation_changes_nothing(table: ReplayTable) -> None:
+    table.set_generation(2)
+    insert(table, make_job(0))
+    with pytest.raises(StaleGenerationError, match="generation 1 .* 2: this trainer group"):
+        table.clear(1)
+    assert table.info().num_ready == 1
+    table.clear(2)
+    assert table.info().num_ready == 0
+
+
+def test_job_that_left_the_queue_is_not_admitted(table: ReplayTable, work: CaptureQueue) -> None:
+    work.push(make_job(0))
+    work.take(0.0, 10.0)
+    assert table.admit(make_job(1), JOB_BYTES, 0.0, queued=True) is Admission.GONE
+    assert table.admit(make_job(0, attempt=1), JOB_BYTES, 0.0, queued=True) is Admission.GONE
+    assert table.info().resident_bytes == 0
+    assert table.admit(make_job(0), JOB_BYTES, 0.0, queued=True) is Admission.ADMITTED
+    assert table.admit(make_job(0), JOB_BYTES, 0.0, queued=True) is Admission.KNOWN

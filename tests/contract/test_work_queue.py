@@ -15,6 +15,7 @@ def test_jobs_come_in_order_and_whole(work: CaptureQueue) -> None:
     assert [work.take(0.0, 10.0) for _ in range(4)] == [*jobs, None]
     assert work.push(jobs[1]) is False
     assert work.size() == 0
+    assert work.done(make_job(0, attempt=1)) is False
     assert work.done(jobs[1]) is True
     assert work.done(jobs[1]) is False
     assert work.push(jobs[1]) is True
