@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from replaying import (
+    JOB_BYTES,
     SIGNATURE,
     MakeReplay,
     captures_of,
@@ -544,7 +545,7 @@ def test_clear_drops_samples_leases_and_jobs_and_keeps_what_was_not_drained(
 def test_clear_for_an_older_generation_changes_nothing(table: ReplayTable) -> None:
     table.set_generation(2)
     insert(table, make_job(0))
-    with pytest.raises(StaleGenerationError, match="generation 1 .* 2: this trainer group"):
+    with pytest.raises(StaleGenerationError, match=r"generation 1 .* 2: this trainer group"):
         table.clear(1)
     assert table.info().num_ready == 1
     table.clear(2)
