@@ -323,7 +323,7 @@ class Event(Record):
     message: str
 
 
-TargetStateName = Literal["pending", "loading", "serving", "silent", "draining", "failed"]
+TargetStateName = Literal["pending", "loading", "serving", "silent", "quarantined", "draining", "failed"]
 
 
 class TargetState(Record):
@@ -333,7 +333,8 @@ class TargetState(Record):
     """Number of the server within its run; never given twice."""
     state: TargetStateName
     """pending: not placed yet. silent: served before and does not answer now, for instance while it restarts.
-    draining: published no more, its running captures may finish. failed: it will not come back by itself."""
+    quarantined: answered wrongly and is being restarted. draining: published no more, its running captures may finish.
+    failed: it will not come back by itself."""
     address: str | None = None
     """host:port where it serves or served last; None before it first served."""
     message: str = ""

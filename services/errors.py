@@ -84,6 +84,18 @@ class TargetAccessError(TargetUnavailableError):
     status = "UNAUTHENTICATED"
 
 
+class TargetBusyError(TargetUnavailableError):
+    """A target serves as many captures as it can; it is well, and will take this one later."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class TargetStalledError(TargetUnavailableError):
+    """A target took a call and gave nothing for too long."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
 class WireError(SlipstreamError):
     """Bytes do not say what their header promises: shape, dtype, length or checksum differ."""
 

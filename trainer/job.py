@@ -399,8 +399,8 @@ class Job:
             log=self._output.log_place("trainer", rank),
         )
 
-    def _publish_targets(self, addresses: Sequence[str]) -> None:
-        self._registry.publish(addresses, time.time())
+    def _publish_targets(self, addresses: Sequence[str]) -> dict[str, str]:
+        return self._registry.publish(addresses, time.time())
 
     def _check_target(self) -> None:
         described, expected = self._pool.describe(), self._prepared.signature

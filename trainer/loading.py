@@ -58,7 +58,6 @@ class MicroBatchLoader:
 
         Raises:
             DeadlineError: The buffer does not give the samples in time.
-            FeatureError: A feature is not finite.
         """
         samples = [self._reader.fetch(lease) for lease in self._lease(captures, cancelled)]
         micro_batch = collate(

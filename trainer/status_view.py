@@ -33,6 +33,7 @@ TARGET_STYLES = {
     "loading": "cyan",
     "serving": "green",
     "silent": "yellow",
+    "quarantined": "bold yellow",
     "draining": "cyan",
     "failed": "bold red",
 }

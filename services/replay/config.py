@@ -35,6 +35,12 @@ class ReplayConfig(BaseModel):
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
     lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")
+    first_chunk_s: float | None = Field(
+        None, gt=0, description="how long a target may take to send a capture's first chunk; null: a third of lease_s"
+    )
+    progress_s: float | None = Field(
+        None, gt=0, description="how long a target may take from one chunk to the next; null: a tenth of lease_s"
+    )
     min_size: int = Field(
         1,
         ge=1,
@@ -69,6 +75,11 @@ class ReplayConfig(BaseModel):
     )
 
     @property
+    def patience_s(self) -> tuple[float, float]:
+        """Longest wait for a capture's first chunk, and for each one after it."""
+        return self.first_chunk_s or self.lease_s / 3, self.progress_s or self.lease_s / 10
+
+    @property
     def rate_limiter(self) -> RateLimiter:
         """The limits that these settings make."""
         return RateLimiter.with_error_buffer(self.min_size, self.samples_per_insert or self.reuse, self.error_buffer)
@@ -101,6 +112,16 @@ class ReplayConfig(BaseModel):
                 "and its priority would never be read. Raise replay.reuse, or set replay.selector to uniform"
             )
         self.rate_limiter  # refuses limits that would come to a stand  # noqa: B018
+        return self
+
+    @model_validator(mode="after")
+    def _loses_patience_before_its_lease(self) -> Self:
+        for name, value_s in zip(("first_chunk_s", "progress_s"), self.patience_s, strict=True):
+            if value_s >= self.lease_s:
+                raise ValueError(
+                    f"{name} {value_s:g} must be below lease_s {self.lease_s:g}: a target that hangs must be found out "
+                    "before its captures are given to another"
+                )
         return self
 
     @field_serializer("redis")

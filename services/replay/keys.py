@@ -13,6 +13,7 @@
 | `P:outcomes` | list | what became of captures, for the coordinator |
 | `P:work:queue`, `P:work:jobs`, `P:work:taken` | list, hash, sorted set | the work queue |
 | `P:targets` | sorted set | addresses of targets, by when they were last seen |
+| `P:quarantined` | hash | addresses of those that answer wrongly, and why |
 | `P:owner` | string | who runs under this prefix; expires |
 | `P:telemetry` | stream | metrics and events |
 """

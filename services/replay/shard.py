@@ -13,20 +13,19 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from services.answers import AnswerWriter
-from services.checksum import verify
 from services.contracts import CaptureJob, Chunk, Outcome, Record, Sample, TableSignature
 from services.errors import (
-    CaptureRequestError,
     FeatureError,
     ReplayUnavailableError,
     SampleTooLargeError,
     SignatureError,
+    SlipstreamError,
     StaleGenerationError,
     TableLostError,
     TargetError,
@@ -35,8 +34,10 @@ from services.errors import (
     WireError,
 )
 from services.memory import keep_freed_memory
+from services.replay.arrival import check_arrival
 from services.replay.config import ReplayConfig
 from services.replay.connect import connect
+from services.replay.quarantine import Fault, Judge, Verdict, fault_of
 from services.replay.registry import TargetRegistry
 from services.replay.table import Admission, RedisTable
 from services.replay.targets import CaptureClient, Targets
@@ -54,8 +55,9 @@ HOUSEKEEPING_S = 1.0
 TARGET_MAX_AGE_S = 10.0
 """A target that the driver's watcher has not seen for so long is not asked."""
 
-MOST_TRIES = 8
-"""Tries of one capture at targets that answered to their address. A capture that fails so often is what breaks them."""
+SHUN_S = 1.0
+"""A capture goes back to a target that failed it so much later, if there is no other: in the meantime captures of other
+prompts may show whether the target is well."""
 
 RECONNECT_S = 30.0
 """How long Redis may be away; the supervisor restarts an embedded one within a second."""
@@ -117,6 +119,7 @@ class ReplayShard:
         self._telemetry = TelemetryWriter(client, prefix)
         self._answers = AnswerWriter(answers) if answers else None
         self._targets = Targets(signature, connect_target or partial(_connect_grpc, credentials))
+        self._judge = Judge()
         self._stop = threading.Event()
         self._slots = threading.Semaphore(config.pulls)
         self._lock = threading.Lock()
@@ -125,6 +128,7 @@ class ReplayShard:
         self._defect: BaseException | None = None
         self._generation = 0
         self._next_housekeeping_s = 0.0
+        self._next_complaint_s = 0.0
 
     def run(self) -> None:
         """Fill the table until `stop`.
@@ -230,8 +234,7 @@ class ReplayShard:
                 return False
             if admission is not Admission.FULL:
                 self._count(full_wait_s=time.monotonic() - began)
-                if admission is Admission.KNOWN:
-                    self._work.done(job)
+                # KNOWN: it is resident, and its job has ended; or a newer attempt is in flight and renews the job.
                 return admission is Admission.ADMITTED
             if self._defect is not None:
                 return False
@@ -251,6 +254,11 @@ class ReplayShard:
         for job in [*held, *([head] if head else [])]:
             self._work.renew(job, now_s, self._config.lease_s)
         self._work.expire(now_s)
+        published = self._registry.published(now_s, TARGET_MAX_AGE_S)
+        self._targets.forget_all_but(published)
+        self._judge.forget_all_but(published)
+        for address, reason in self._judge.quarantined().items():
+            self._registry.quarantine(address, reason)  # a Redis that restarted empty has forgotten it
         for capture in self._table.expire(now_s):
             self._event("lease", f"the lease of capture {capture} ended unused; its sample is ready again")
 
@@ -269,16 +277,15 @@ class ReplayShard:
     def _pull(self, pull: object) -> None:
         with self._lock:
             job = self._in_flight[pull]
-        for tries in range(1, MOST_TRIES + 1):
-            try:
-                address = self._wait_for_target()
-            except SignatureError as error:
-                self._fail(job, str(error))
-                return
-            if address is None:
-                if not self._stop.is_set():
-                    self._fail(job, f"no target answered for {self._config.lease_s:g} s", retry=True)
-                return
+        try:
+            self._pull_from_any(pull, job)
+        finally:
+            self._judge.ended(job.capture)
+
+    def _pull_from_any(self, pull: object, job: CaptureJob) -> None:
+        """Try targets until the capture is made, is found to be at fault itself, or is somebody else's."""
+        shunned_until_s: dict[str, float] = {}
+        while (address := self._wait_for_target(shunned_until_s)) is not None:
             try:
                 sample = self._capture(address, job)
                 if sample is None:
@@ -286,31 +293,52 @@ class ReplayShard:
                 self._table.commit(sample, self._clock())
             except UnknownSampleError:
                 return  # a newer attempt has this capture
-            except (CaptureRequestError, FeatureError) as error:
-                self._fail(job, str(error))
-                return
-            except SignatureError as error:  # of this target only: it is never chosen again
-                self._event("target", str(error))
-                reason = str(error)
-            except (TargetError, WireError) as error:
+            except (SignatureError, TargetError, WireError, FeatureError) as error:
                 if self._stop.is_set():
                     return
-                if isinstance(error, TargetUnavailableError):
-                    self._targets.failed(address, self._clock())
-                self._event("target", f"capture {job.capture} goes to another try: {error}")
-                reason = str(error)
+                fault = fault_of(error)
+                if fault is None:
+                    self._targets.busy(address, self._clock())
+                    continue
+                shunned_until_s[address] = self._clock() + SHUN_S
+                verdict = self._blame(address, job, fault, error)
             else:
                 self._targets.succeeded(address)
                 self._count(num_captured=1, num_tokens=sample.job.num_tokens, num_bytes=sample.num_bytes)
+                self._carry_out(self._judge.good(address, job.capture), address)
                 return
             finally:
                 self._targets.leave(address)
-            if tries == MOST_TRIES:
-                self._fail(job, f"{MOST_TRIES} tries failed, the last one with: {reason}")
+            if verdict.skip is not None:
+                self._fail(job, verdict.skip)
                 return
             job = job.model_copy(update={"attempt": job.attempt + 1})
             if not self._retry(pull, job):
                 return
+
+    def _blame(self, address: str, job: CaptureJob, fault: Fault, error: SlipstreamError) -> Verdict:
+        """Have a fault judged, and see to it that a target found guilty is asked no more."""
+        now_s = self._clock()
+        is_new = self._targets.failed(address, now_s) if isinstance(error, TargetUnavailableError) else True
+        verdict = self._judge.fault(
+            address,
+            job.capture,
+            fault,
+            str(error),
+            now_s,
+            num_live=len(self._live()),
+            against_target=is_new or fault is not Fault.GONE,  # captures fall together with their target
+        )
+        if verdict.skip is None and is_new:
+            self._event("target", f"capture {job.capture} goes to another try: {error}")
+        self._carry_out(verdict, address)
+        return verdict
+
+    def _carry_out(self, verdict: Verdict, address: str) -> None:
+        if verdict.quarantine is not None:
+            address = verdict.address or address
+            logger.warning("target %s is quarantined: %s", address, verdict.quarantine)
+            self._registry.quarantine(address, verdict.quarantine)
 
     def _retry(self, pull: object, job: CaptureJob) -> bool:
         """Take over the space of the attempt before; False if the capture is somebody else's now."""
@@ -322,19 +350,37 @@ class ReplayShard:
         self._count(num_retries=1)
         return self._table.admit(job, self._signature.reserved_bytes(job), self._clock()) is Admission.ADMITTED
 
-    def _wait_for_target(self) -> str | None:
-        """A place at a live target; None after `lease_s`, or when stopped."""
-        deadline = time.monotonic() + self._config.lease_s
-        while not self._stop.is_set() and time.monotonic() < deadline:
+    def _live(self) -> list[str]:
+        return self._registry.live(self._clock(), TARGET_MAX_AGE_S)
+
+    def _wait_for_target(self, shunned_until_s: Mapping[str, float]) -> str | None:
+        """A place at a live target; None when stopped.
+
+        There is no other end to it: a capture is not to blame for the lack of a target. The driver ends the run if no
+        target can come back, and a trainer that gets no samples says so after `trainer.wait_s`.
+        """
+        complain_s = self._clock() + self._config.lease_s
+        while not self._stop.is_set():
             now_s = self._clock()
-            address = self._targets.choose(self._registry.live(now_s, TARGET_MAX_AGE_S), now_s)
+            address = self._targets.choose(self._live(), now_s, shunned_until_s)
             if address is not None:
                 return address
+            if now_s >= complain_s:
+                self._complain(now_s)
             self._stop.wait(TARGET_POLL_S)
         return None
 
+    def _complain(self, now_s: float) -> None:
+        """Say, for all captures that wait together, that there is no target."""
+        with self._lock:
+            is_due = now_s >= self._next_complaint_s
+            if is_due:
+                self._next_complaint_s = now_s + self._config.lease_s
+        if is_due:
+            self._event("target", f"no target has served for {self._config.lease_s:g} s; the captures wait for one")
+
     def _capture(self, address: str, job: CaptureJob) -> Sample | None:
-        """Pull one capture and store its chunks; each is checked before it is stored.
+        """Pull one capture and store its chunks; each is checked before it is stored (`check_arrival`).
 
         Returns:
             None if the target's own answer is too short to be of use; it is on disk, and the coordinator hears of it.
@@ -345,26 +391,31 @@ class ReplayShard:
         def take_answer(answer: Sequence[int]) -> None:
             nonlocal known
             known = job.answered(answer)
-            assert self._answers is not None, "a job that lets the target answer needs a file for the answers"
-            self._answers.append(job.prompt, tuple(answer))
 
+        first_chunk_s, progress_s = self._config.patience_s
         stream = self._targets.client(address).capture(
             job,
             layer_ids=self._signature.layer_ids,
             wire_dtype=self._signature.dtype,
             chunk_bytes=self._chunk_bytes(),
             timeout_s=self._config.lease_s,
+            first_chunk_s=self._config.lease_s if job.generate else first_chunk_s,  # the whole answer comes first
+            progress_s=progress_s,
             on_answer=take_answer,
         )
         for chunk, payload in stream:
             if self._stop.is_set():
                 raise TargetUnavailableError("the shard is stopping")
-            if job.generate and (length := known.num_tokens - job.num_tokens) < job.generate.min_new_tokens:
-                self._abandon(job, f"the target's answer has only {length} tokens", retry=True)
-                return None
-            verify(chunk, payload)
+            check_arrival(chunk, payload, self._signature)
             self._table.put_chunk(job, len(chunks), payload)
             chunks.append(chunk)
+        if job.generate is not None:
+            answer = known.input_ids[job.num_tokens :]
+            assert self._answers is not None, "a job that lets the target answer needs a file for the answers"
+            self._answers.append(job.prompt, answer)  # not before all of its features were found good
+            if len(answer) < job.generate.min_new_tokens:
+                self._abandon(job, f"the target's answer has only {len(answer)} tokens", retry=True)
+                return None
         num_bytes = sum(chunk.num_bytes for chunk in chunks)
         return Sample(job=known, chunks=tuple(chunks), num_bytes=num_bytes, target=address)
 

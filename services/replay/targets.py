@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.contracts import CaptureJob, Chunk, TableSignature, TargetDescription, WireDtype
-from services.errors import SignatureError
+from services.errors import SignatureError, WireError
 
 DESCRIBE_TIMEOUT_S = 10.0
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
 """A target that failed is left alone, twice as long after each failure, so that a dead one is not asked all along."""
+
+BUSY_PAUSE_S = 0.1
+"""A target that serves as many captures as it can is asked again so much later."""
+
+NOBODY: Mapping[str, float] = {}
 
 
 class CaptureClient(Protocol):
@@ -31,9 +36,15 @@ class CaptureClient(Protocol):
         wire_dtype: WireDtype,
         chunk_bytes: int,
         timeout_s: float,
+        first_chunk_s: float,
+        progress_s: float,
         on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
-        """The chunks of one capture; before them the target's answer, if it was to give one."""
+        """The chunks of one capture; before them the target's answer, if it was to give one.
+
+        Raises TargetStalledError if the first chunk does not come within `first_chunk_s`, or a later one within
+        `progress_s`.
+        """
 
     def close(self) -> None:
         """Close the connection."""
@@ -68,7 +79,6 @@ class _Target:
     num_busy: int = 0
     pause_s: float = 0.0
     paused_until_s: float = 0.0
-    refusal: SignatureError | None = None
 
     def take_clients(self) -> list[CaptureClient]:
         """All its clients, which it has no more."""
@@ -92,29 +102,32 @@ class Targets:
         self._lock = threading.Lock()
         self._targets: dict[str, _Target] = {}
 
-    def choose(self, live: Sequence[str], now_s: float) -> str | None:
+    def choose(self, live: Sequence[str], now_s: float, shunned_until_s: Mapping[str, float] = NOBODY) -> str | None:
         """Take a place at the least busy live target that is not paused; `leave` gives it back.
 
         Targets that are live no more are forgotten, with their clients, once nothing is pulled from them.
 
+        Args:
+            live: Addresses of targets that answer.
+            now_s: The time.
+            shunned_until_s: Targets that failed this capture, and until when none of them is chosen for it; later, too,
+                any other is preferred.
+
         Returns:
             Its address, or None: there is none now.
-
-        Raises:
-            SignatureError: There are live targets and every one was refused.
         """
-        for client in self._forget_all_but(live):
-            client.close()
+        self.forget_all_but(live)
         with self._lock:
             known = [(address, self._targets.setdefault(address, _Target())) for address in live]
-            refusals = [target.refusal for _, target in known if target.refusal]
-            if refusals and len(refusals) == len(known):
-                raise refusals[0]
-            free = [pair for pair in known if not pair[1].refusal and pair[1].paused_until_s <= now_s]
+            free = [
+                (address in shunned_until_s, target.num_busy, address)
+                for address, target in known
+                if target.paused_until_s <= now_s and shunned_until_s.get(address, now_s) <= now_s
+            ]
             if not free:
                 return None
-            address, target = min(free, key=lambda pair: pair[1].num_busy)
-            target.num_busy += 1
+            address = min(free)[-1]
+            self._targets[address].num_busy += 1
             return address
 
     def leave(self, address: str) -> None:
@@ -133,7 +146,7 @@ class Targets:
 
         Raises:
             TargetUnavailableError: It does not answer.
-            SignatureError: Its features do not belong into the table; it is never chosen again.
+            SignatureError: It speaks another wire version, or its features do not belong into the table.
         """
         with self._lock:
             known = self._targets[address].client
@@ -142,11 +155,9 @@ class Targets:
         client = self._connect(address)
         try:
             check_description(client.describe(DESCRIBE_TIMEOUT_S), self._signature)
-        except SignatureError as error:
+        except WireError as error:
             client.close()
-            with self._lock:
-                self._targets[address].refusal = error
-            raise
+            raise SignatureError(str(error)) from error
         except BaseException:
             client.close()
             raise
@@ -164,17 +175,28 @@ class Targets:
         with self._lock:
             self._targets[address].pause_s = 0.0
 
-    def failed(self, address: str, now_s: float) -> None:
-        """Note a failure: leave the target alone for a while, then ask it again what it is (it may have restarted)."""
+    def failed(self, address: str, now_s: float) -> bool:
+        """Note a failure: leave the target alone for a while, then ask it again what it is (it may have restarted).
+
+        Returns:
+            False if it is left alone already: other captures fell with the same target.
+        """
         with self._lock:
             target = self._targets[address]
-            if target.paused_until_s > now_s:  # other captures fell with the same target
-                return
+            if target.paused_until_s > now_s:
+                return False
             target.pause_s = min(max(2 * target.pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
             target.paused_until_s = now_s + target.pause_s
             if target.client is not None:
                 target.retired.append(target.client)
                 target.client = None
+            return True
+
+    def busy(self, address: str, now_s: float) -> None:
+        """Note that the target is full: leave it alone for a moment."""
+        with self._lock:
+            target = self._targets[address]
+            target.paused_until_s = max(target.paused_until_s, now_s + BUSY_PAUSE_S)
 
     def close(self) -> None:
         """Close all clients; captures that run end with TargetUnavailableError."""
@@ -183,8 +205,10 @@ class Targets:
         for client in clients:
             client.close()
 
-    def _forget_all_but(self, live: Sequence[str]) -> list[CaptureClient]:
-        """Forget idle targets that are not live; the clients they had, to be closed."""
+    def forget_all_but(self, live: Sequence[str]) -> None:
+        """Forget targets that are not live, once nothing is pulled from them."""
         with self._lock:
             gone = [address for address, target in self._targets.items() if address not in live and not target.num_busy]
-            return [client for address in gone for client in self._targets.pop(address).take_clients()]
+            clients = [client for address in gone for client in self._targets.pop(address).take_clients()]
+        for client in clients:
+            client.close()

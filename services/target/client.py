@@ -22,13 +22,16 @@ from services.errors import (
     FeatureError,
     SlipstreamError,
     TargetAccessError,
+    TargetBusyError,
     TargetError,
+    TargetStalledError,
     TargetUnavailableError,
     WireError,
 )
 from services.grpc_access import call_metadata, open_channel, why_refused
 from services.security import Credentials
 from services.target.framing import unpack
+from services.target.patience import Patience
 from services.target.request import DTYPE_TO_WIRE, LAST_ROWS_TO_WIRE, SERVICE
 from services.target.stream import StreamCheck
 from services.wire import target_pb2 as wire
@@ -40,8 +43,8 @@ ERRORS: dict[grpc.StatusCode, type[SlipstreamError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: CaptureRequestError,
     grpc.StatusCode.DATA_LOSS: FeatureError,
     grpc.StatusCode.UNAVAILABLE: TargetUnavailableError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TargetUnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: TargetUnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TargetBusyError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: TargetStalledError,
     grpc.StatusCode.CANCELLED: TargetUnavailableError,
 }
 """What a status means to a caller; any other is a TargetError."""
@@ -75,6 +78,7 @@ class TargetClient:
                 ("grpc.use_local_subchannel_pool", 1),
             ],
         )
+        self._patience = Patience()
         self._describe = self._channel.unary_unary(
             f"/{SERVICE}/Describe",
             request_serializer=wire.DescribeRequest.SerializeToString,
@@ -131,6 +135,8 @@ class TargetClient:
         wire_dtype: WireDtype,
         chunk_bytes: int,
         timeout_s: float,
+        first_chunk_s: float | None = None,
+        progress_s: float | None = None,
         on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
         """Stream the features of one job: its context chunks in row order, then those of the last hidden state.
@@ -144,6 +150,8 @@ class TargetClient:
             wire_dtype: dtype of the payloads.
             chunk_bytes: Most bytes of one payload.
             timeout_s: Deadline of the whole capture, from the first `next`.
+            first_chunk_s: Longest wait for the first chunk; None: `timeout_s` bounds it.
+            progress_s: Longest wait for each further chunk, without the caller's pauses; likewise.
             on_answer: Called with the answer's token ids before the first chunk is yielded, if the job lets the target
                 answer.
 
@@ -153,8 +161,10 @@ class TargetClient:
 
         Raises:
             CaptureRequestError: The target cannot give what is asked.
-            TargetUnavailableError: The target is dead, full, stopping, or too slow; another may do. A
-                `TargetAccessError` says that it refuses this caller.
+            TargetUnavailableError: The target is dead or stopping; another may do.
+            TargetBusyError: The target is full; it will take the capture later.
+            TargetStalledError: The target is too slow, or hangs.
+            TargetAccessError: It refuses this caller.
             FeatureError: The target's features are not finite.
             WireError: What came is not what was asked.
             TargetError: The target failed.
@@ -175,18 +185,32 @@ class TargetClient:
             call = self._capture(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as error:  # all that gRPC raises here: this client was closed
             raise TargetUnavailableError(f"target {self.address}, Capture of sample {job.capture}: {error}") from error
-        try:
-            for message in call:
-                framed = unpack(message)
-                chunk = check.accept(framed)
-                if on_answer is not None and framed.header.answer_token_ids:
-                    on_answer(tuple(framed.header.answer_token_ids))
-                yield chunk, framed.payload
-            check.finish()
-        except grpc.RpcError as error:
-            raise self._translate(error, f"Capture of sample {job.capture} ({job.num_tokens} tokens)") from error
-        finally:
-            call.cancel()
+        what = f"Capture of sample {job.capture} ({job.num_tokens} tokens)"
+        num_chunks = 0
+        with self._patience.watch(call.cancel) as wait:
+            patience_s = min(first_chunk_s or timeout_s, timeout_s)
+            try:
+                wait.begin(patience_s)
+                for message in call:
+                    wait.end()
+                    framed = unpack(message)
+                    chunk = check.accept(framed)
+                    if on_answer is not None and framed.header.answer_token_ids:
+                        on_answer(tuple(framed.header.answer_token_ids))
+                    yield chunk, framed.payload
+                    num_chunks += 1
+                    patience_s = min(progress_s or timeout_s, timeout_s)
+                    wait.begin(patience_s)
+                check.finish()
+            except grpc.RpcError as error:
+                if wait.is_over:
+                    raise TargetStalledError(
+                        f"target {self.address}, {what}: nothing came for {patience_s:g} s after {num_chunks} chunks. "
+                        "If it is only slow, raise replay.first_chunk_s or replay.progress_s, or lower replay.pulls"
+                    ) from error
+                raise self._translate(error, what) from error
+            finally:
+                call.cancel()
 
     def close(self) -> None:
         """Close the channel; running captures end with TargetUnavailableError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -24,7 +24,7 @@ from services.placement import alive_nodes
 from services.target.actor import TargetServer
 from services.target.config import TargetConfig
 from services.target.listening import Listening
-from services.target.replica import Replica, choose_to_end
+from services.target.replica import MOST_QUARANTINES, QUARANTINES_S, Replica, choose_to_end
 
 PLACEMENT_TIMEOUT_S = 60.0
 """How long Ray may take to place an actor and start its process; nothing heavy is imported until then."""
@@ -66,8 +66,9 @@ class TargetPool:
 
     Args:
         config: What each target is and how many there are.
-        publish: Called about once a second with the live addresses, from the watcher's thread. A SlipstreamError that
-            it raises becomes an event; the next call tries again.
+        publish: Called about once a second with the live addresses, from the watcher's thread. It returns those that
+            are quarantined, and why: they are restarted. A SlipstreamError that it raises becomes an event; the next
+            call tries again.
         log: Where the targets log to, each in a file with its index.
         listening: Where they serve, and with whose credentials; None is the loopback interface of their machines, open
             to everyone there.
@@ -76,7 +77,7 @@ class TargetPool:
     def __init__(
         self,
         config: TargetConfig,
-        publish: Callable[[Sequence[str]], None],
+        publish: Callable[[Sequence[str]], Mapping[str, str]],
         log: LogPlace | None = None,
         listening: Listening | None = None,
     ) -> None:
@@ -201,7 +202,8 @@ class TargetPool:
     def events(self) -> list[Event]:
         """What happened since the last call, oldest first.
 
-        Kinds: `restart`, `gone`, `failed`, `unpublished`, `scaling`, `pending`, `serving` (an added one), `drained`.
+        Kinds: `restart`, `gone`, `quarantined`, `failed`, `unpublished`, `scaling`, `pending`, `serving` (an added
+        one), `drained`.
         """
         with self._changed:
             events = list(self._events)
@@ -275,10 +277,7 @@ class TargetPool:
             while not self._stopping.is_set():
                 now_s = time.monotonic()
                 with self._changed:
-                    starting = any(
-                        replica.last_address is None and now_s - replica.asked_s < PLACEMENT_TIMEOUT_S
-                        for replica in self._replicas
-                    )
+                    starting = any(replica.starts(now_s - PLACEMENT_TIMEOUT_S) for replica in self._replicas)
                 every_s = STARTING_PING_EVERY_S if starting else PING_EVERY_S
                 next_s = now_s + every_s
                 self._ping(every_s)
@@ -372,6 +371,7 @@ class TargetPool:
         except (ActorDiedError, ActorUnschedulableError, RuntimeEnvSetupError) as error:
             self._give_up(replica, TargetError(f"a target of {self._config.model} died for good: {error}"))
         except RayActorError:
+            replica.banned_address = None
             if replica.is_placed:
                 replica.is_placed, replica.asked_s = False, now
             self._lose(replica, "lost its process; Ray restarts it")
@@ -387,8 +387,9 @@ class TargetPool:
         else:
             replica.is_placed, replica.missing = True, ""
             if address is None:
+                replica.banned_address = None
                 self._lose(replica, "lost its process; the restarted one loads")
-            else:
+            elif address != replica.banned_address:
                 self._welcome(replica, address)
 
     def _welcome(self, replica: Replica, address: str) -> None:
@@ -397,7 +398,7 @@ class TargetPool:
         elif replica.last_address is None and replica.is_added:
             self._record("serving", f"target {replica.index} serves at {address}")
         replica.address = replica.last_address = address
-        replica.failure, replica.lost = None, ""
+        replica.failure, replica.lost, replica.quarantine = None, "", ""
 
     def _give_up(self, replica: Replica, failure: SlipstreamError) -> None:
         """End a target that will not serve; it stays in sight as failed until `scale` replaces it."""
@@ -424,13 +425,36 @@ class TargetPool:
     def _publish_live(self) -> None:
         addresses = self.addresses()
         try:
-            self._publish(addresses)
+            quarantined = self._publish(addresses)
         except SlipstreamError as error:
             if str(error) != self._publish_failure:  # once, not every second
                 self._record("unpublished", f"the addresses of {len(addresses)} targets were not published: {error}")
             self._publish_failure = str(error)
         else:
             self._publish_failure = ""
+            self._restart_quarantined(quarantined)
+
+    def _restart_quarantined(self, reasons: Mapping[str, str]) -> None:
+        """Restart the targets that answer wrongly, unless that has not helped before."""
+        now_s = time.monotonic()
+        with self._changed:
+            for replica in self._replicas:
+                reason = reasons.get(replica.address or "")
+                if reason is None or replica.is_draining:
+                    continue
+                where = f"target {replica.index} at {replica.address}"
+                if replica.ban(reason, now_s):
+                    self._record("quarantined", f"{where} answers wrongly and is restarted: {reason}")
+                    ray.kill(replica.actor, no_restart=False)
+                else:
+                    self._give_up(
+                        replica,
+                        TargetError(
+                            f"it answered wrongly again after {MOST_QUARANTINES} restarts within "
+                            f"{QUARANTINES_S / 60:g} minutes: {reason}. Look at its model's files and at its device"
+                        ),
+                    )
+            self._changed.notify_all()
 
     def _record(self, kind: str, message: str) -> None:
         with self._changed:
