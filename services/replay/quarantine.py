@@ -164,7 +164,7 @@ class Judge:
                 for other in known.marks:
                     self._clear(other, capture)
                 return Verdict(skip=f"{reason} ({_how_often(known)})")
-            if against_target:
+            if against_target and AGAINST_TARGET[fault]:
                 target.marks = [old for old in target.marks if old.time_s > now_s - WINDOW_S]
                 target.marks.append(mark)
             if self._weight(target) < LIMIT:

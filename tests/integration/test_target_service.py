@@ -25,7 +25,9 @@ from services.errors import (
     FeatureError,
     PlacementError,
     ReplayUnavailableError,
+    TargetBusyError,
     TargetError,
+    TargetStalledError,
     TargetUnavailableError,
     UsageError,
     WireError,
@@ -363,7 +365,7 @@ def held(folder: Path) -> Iterator[tuple[HeldEngine, RunningServer]]:
 def _answers_again(client: TargetClient) -> bool:
     try:
         context, _ = _capture(client, _job(4))
-    except TargetUnavailableError as error:
+    except TargetBusyError as error:
         if "serves 1 captures at once already" not in str(error):
             raise
         return False
@@ -375,7 +377,7 @@ def test_one_capture_too_many_is_refused_until_a_slot_is_free(held: tuple[HeldEn
     with TargetClient(running.address) as client, ThreadPoolExecutor(1) as threads:
         first = threads.submit(_capture, client, _job(6))
         assert engine.entered.acquire(timeout=WAIT_S)
-        with pytest.raises(TargetUnavailableError, match=r"serves 1 captures at once already.*RESOURCE_EXHAUSTED"):
+        with pytest.raises(TargetBusyError, match=r"serves 1 captures at once already.*RESOURCE_EXHAUSTED"):
             _capture(client, _job(4))
         assert client.describe(WAIT_S).num_layers == LAYERS  # others are still served
         engine.proceed.release(2)
@@ -386,7 +388,7 @@ def test_one_capture_too_many_is_refused_until_a_slot_is_free(held: tuple[HeldEn
 def test_deadline_is_honoured_and_frees_the_slot(held: tuple[HeldEngine, RunningServer]) -> None:
     engine, running = held
     with TargetClient(running.address) as client:
-        with pytest.raises(TargetUnavailableError, match="DEADLINE_EXCEEDED"):
+        with pytest.raises(TargetStalledError, match="DEADLINE_EXCEEDED"):
             list(client.capture(_job(6), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=0.3))
         assert engine.entered.acquire(timeout=WAIT_S)
         engine.proceed.release(100)
@@ -505,12 +507,14 @@ class Board:
         self.addresses: list[str] = []
         self.count = 0
         self.down = False
+        self.quarantined: dict[str, str] = {}
 
-    def __call__(self, addresses: Sequence[str]) -> None:
+    def __call__(self, addresses: Sequence[str]) -> dict[str, str]:
         if self.down:
             raise ReplayUnavailableError("Redis does not answer")
         self.addresses = list(addresses)
         self.count += 1
+        return self.quarantined
 
 
 def _process_at(address: str) -> psutil.Process:

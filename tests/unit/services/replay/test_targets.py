@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -38,7 +38,16 @@ class FakeClient:
         return self.description
 
     def capture(
-        self, job: CaptureJob, *, layer_ids: Sequence[int], wire_dtype: WireDtype, chunk_bytes: int, timeout_s: float
+        self,
+        job: CaptureJob,
+        *,
+        layer_ids: Sequence[int],
+        wire_dtype: WireDtype,
+        chunk_bytes: int,
+        timeout_s: float,
+        first_chunk_s: float,
+        progress_s: float,
+        on_answer: Callable[[Sequence[int]], None] | None = None,
     ) -> Iterator[tuple[Chunk, memoryview]]:
         raise AssertionError("not called here")
 
@@ -73,8 +82,8 @@ def test_failed_target_is_left_alone_twice_as_long_each_time() -> None:
     now_s, pauses = 100.0, []
     for _ in range(6):
         targets.choose(["a"], now_s)
-        targets.failed("a", now_s)
-        targets.failed("a", now_s)  # another capture fell with it: no second doubling
+        assert targets.failed("a", now_s)
+        assert not targets.failed("a", now_s), "another capture fell with it: no second doubling"
         targets.leave("a")
         pause = next(pause for pause in (0.5, 1.0, 2.0, 4.0, 8.0) if targets.choose(["a"], now_s + pause) == "a")
         targets.leave("a")
@@ -136,17 +145,32 @@ def test_target_that_does_not_answer_leaves_no_open_client() -> None:
     assert network.clients[0].is_closed
 
 
-def test_refused_target_is_never_chosen_again() -> None:
-    network = Network(a=describe(fingerprint="other"), b=describe())
+def test_target_that_failed_a_capture_is_its_last_choice_and_not_at_once() -> None:
+    targets = Targets(SIGNATURE, Network(a=describe(), b=describe()).connect)
+    assert targets.choose(["a"], 10.0, {"a": 11.0}) is None
+    assert [targets.choose(["a", "b"], 10.0, {"a": 11.0}) for _ in range(2)] == ["b", "b"]
+    assert targets.choose(["a", "b"], 12.0, {"a": 11.0}) == "b", "busier, but it has not failed this capture"
+    assert targets.choose(["a"], 12.0, {"a": 11.0}) == "a"
+
+
+def test_full_target_is_asked_again_a_moment_later_by_the_same_client() -> None:
+    network = Network(a=describe())
     targets = Targets(SIGNATURE, network.connect)
-    assert targets.choose(["a", "b"], 0.0) == "a"
+    targets.choose(["a"], 0.0)
+    client = targets.client("a")
+    targets.busy("a", 0.0)
+    assert targets.choose(["a"], 0.09) is None
+    assert targets.choose(["a"], 0.1) == "a"
+    assert targets.client("a") is client
+
+
+def test_target_of_other_weights_leaves_no_open_client() -> None:
+    network = Network(a=describe(fingerprint="other"))
+    targets = Targets(SIGNATURE, network.connect)
+    targets.choose(["a"], 0.0)
     with pytest.raises(SignatureError, match="other"):
         targets.client("a")
     assert network.clients[0].is_closed
-    targets.leave("a")
-    assert [targets.choose(["a", "b"], 1e9) for _ in range(2)] == ["b", "b"]
-    with pytest.raises(SignatureError, match="other"):
-        targets.choose(["a"], 1e9)
 
 
 def test_close_closes_every_client() -> None:
