@@ -25,6 +25,7 @@ from services.errors import (
     FeatureError,
     SignatureError,
     SlipstreamError,
+    TargetAccessError,
     TargetBusyError,
     TargetStalledError,
     TargetUnavailableError,
@@ -36,7 +37,7 @@ class Fault(StrEnum):
     """How a capture goes wrong at a target."""
 
     IDENTITY = "is no target of this run"
-    """Other weights, another wire version."""
+    """Other weights, another wire version, another token."""
     WIRE = "broke the protocol"
     """Wrong shape, rows, order or checksum."""
     STALLED = "gave nothing for too long"
@@ -245,12 +246,12 @@ class Judge:
 def fault_of(error: SlipstreamError) -> Fault | None:
     """Which fault an error of a target's client, or of the check of what arrived, is; None is none: the target is full.
 
-    A SignatureError is one that the target's own description shows.
+    A SignatureError is one that the target's own description shows; one that lets nobody in is none of this run either.
     """
     match error:
         case TargetBusyError():
             return None
-        case SignatureError():
+        case SignatureError() | TargetAccessError():
             return Fault.IDENTITY
         case WireError():
             return Fault.WIRE

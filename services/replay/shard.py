@@ -348,7 +348,8 @@ class ReplayShard:
         if not self._work.renew(job, self._clock(), self._config.lease_s):
             return False
         self._count(num_retries=1)
-        return self._table.admit(job, self._signature.reserved_bytes(job), self._clock()) is Admission.ADMITTED
+        num_bytes = self._signature.reserved_bytes(job)
+        return self._table.admit(job, num_bytes, self._clock(), queued=True) is Admission.ADMITTED
 
     def _live(self) -> list[str]:
         return self._registry.live(self._clock(), TARGET_MAX_AGE_S)

@@ -9,6 +9,7 @@ from services.errors import (
     FeatureError,
     SignatureError,
     SlipstreamError,
+    TargetAccessError,
     TargetBusyError,
     TargetError,
     TargetStalledError,
@@ -174,6 +175,7 @@ def test_restarted_target_begins_with_a_clean_record() -> None:
     [
         (TargetBusyError("full"), None),
         (SignatureError("other weights"), Fault.IDENTITY),
+        (TargetAccessError("wrong token"), Fault.IDENTITY),
         (WireError("checksum"), Fault.WIRE),
         (TargetStalledError("nothing came"), Fault.STALLED),
         (TargetUnavailableError("reset"), Fault.GONE),
