@@ -6,7 +6,9 @@ import pytest
 from services import errors
 from services.errors import (
     ClusterError,
+    NotBegunError,
     OutputDirError,
+    PartDiedError,
     PausedError,
     RecipeError,
     ReplayError,
@@ -49,6 +51,8 @@ def test_wrong_recipe_or_output_dir_is_wrong_usage() -> None:
 
 def test_what_a_later_try_may_cure_is_unavailable() -> None:
     unavailable = {error for error in TREE if error.status == "UNAVAILABLE"}
-    assert unavailable == {ClusterError, PausedError, TargetUnavailableError, ReplayUnavailableError}
+    assert unavailable == {
+        *(ClusterError, PausedError, TargetUnavailableError, ReplayUnavailableError, PartDiedError, NotBegunError),
+    }
     assert issubclass(TargetUnavailableError, TargetError)
     assert issubclass(ReplayUnavailableError, ReplayError)
