@@ -20,12 +20,15 @@ CONFIG = TargetConfig(model="synthetic", num_gpus=0, max_concurrent_captures=4, 
 class SyntheticEngine:
     """Row t of every feature is token id t."""
 
+    def __init__(self, width: int = WIDTH) -> None:
+        self.width = width
+
     def describe(self) -> TargetDescription:
         return TargetDescription(
             model_name="synthetic",
             fingerprint="f00d",
             num_layers=LAYERS,
-            hidden_size=WIDTH,
+            hidden_size=self.width,
             vocab_size=VOCAB,
             dtype="float32",
             max_tokens=MAX_TOKENS,
@@ -42,8 +45,8 @@ class SyntheticEngine:
             rows = tuple(inputs.generate.last_rows.select([0] * len(inputs.input_ids) + [1] * len(answer)))
         tokens = torch.tensor([*inputs.input_ids, *answer], dtype=TORCH_DTYPES[inputs.dtype])[:, None]
         return CapturedFeatures(
-            context=tokens.expand(-1, len(inputs.layer_ids) * WIDTH).contiguous(),
-            last=tokens[list(rows)].expand(-1, WIDTH).contiguous(),
+            context=tokens.expand(-1, len(inputs.layer_ids) * self.width).contiguous(),
+            last=tokens[list(rows)].expand(-1, self.width).contiguous(),
             answer=answer,
         )
 
