@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from trainer.commands import bench
+from trainer.commands import bench, target
 from trainer.commands.dashboard import dashboard
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
@@ -32,6 +32,7 @@ app.command("continue")(continue_)
 app.command()(stop)
 app.command()(dashboard)
 app.add_typer(bench.app, name="bench")
+app.add_typer(target.app, name="target")
 
 
 def main() -> None:
