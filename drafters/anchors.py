@@ -23,6 +23,28 @@ class Anchors(NamedTuple):
     positions: Tensor
     keep: Tensor
 
+    def checked(self, samples: Sequence[Span]) -> Self:
+        """The same, if every sample has as many anchors as the others and none outside itself.
+
+        Raises:
+            ValueError: It has not.
+        """
+        shapes = tuple(self.positions.shape), tuple(self.keep.shape)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != len(samples) or not shapes[0][1]:
+            raise ValueError(
+                f"anchors are {list(shapes[0])} positions and {list(shapes[1])} keep, but both must be [B, A] with B "
+                f"{len(samples)} and A at least 1"
+            )
+        lengths = torch.tensor([sample.end - sample.start for sample in samples], device=self.positions.device)
+        outside = (self.positions < 0) | (self.positions >= lengths[:, None])
+        if outside.any():
+            sample, place = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"anchor {int(self.positions[sample, place])} of sample {sample} is none of its {int(lengths[sample])} "
+                "positions"
+            )
+        return self
+
 
 class Slots(NamedTuple):
     """What the slots of all blocks are scored against.

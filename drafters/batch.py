@@ -76,11 +76,11 @@ class FeatureBatch:
             sample_lengths: Tokens of the samples that a packed row holds end to end; None is one sample a row.
 
         Raises:
-            ValueError: A shape does not fit the shape of ``input_ids``.
+            ValueError: There is no token at all, or a shape does not fit the shape of ``input_ids``.
         """
         shape = tuple(input_ids.shape)
-        if len(shape) != 2:
-            raise ValueError(f"input_ids must be [B, T], got {list(shape)}")
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"input_ids must be [B, T], neither of them 0, got {list(shape)}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         for name, mask in (("loss_mask", loss_mask), ("attention_mask", attention_mask)):
@@ -111,6 +111,23 @@ class FeatureBatch:
             loss_lengths=loss_lengths.float(),
             sample_lengths=None if sample_lengths is None else tuple(sample_lengths),
         )
+
+    def per_sample(self, values: Tensor | None, name: str) -> Tensor:
+        """One number a sample, float32 on the batch's device; ones if none are given.
+
+        Args:
+            values: [samples].
+            name: Of the values, for the message.
+
+        Raises:
+            ValueError: There are more or fewer values than samples.
+        """
+        num_samples = len(self.samples)
+        if values is None:
+            return torch.ones(num_samples, device=self.input_ids.device)
+        if tuple(values.shape) != (num_samples,):
+            raise ValueError(f"{name} is {list(values.shape)}, but there are {num_samples} samples: give one a sample")
+        return values.to(self.input_ids.device, torch.float32)
 
     def check_finite(self, last_rows: Tensor) -> None:
         """Check that features which training reads are numbers.

@@ -111,6 +111,28 @@ class Drafter(nn.Module, ABC):
             return logits
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
+    def _check_features(self, batch: FeatureBatch, last_rows: Tensor) -> None:
+        """Check that a batch's features are those of this drafter's layers, and numbers where training reads them.
+
+        Args:
+            batch: Its features.
+            last_rows: [B, T] bool, the rows of the target's last hidden state that are read.
+
+        Raises:
+            ValueError: They are not; the message says which.
+        """
+        width, layer_ids = self.config.hidden_size, self.settings.target_layer_ids
+        assert layer_ids is not None, "settings are resolved"
+        wanted = {
+            "target_hidden_states": (width * len(layer_ids), f"{width} of each of the layers {list(layer_ids)}"),
+            "target_last_hidden_states": (width, "the target's hidden size"),
+        }
+        for name, (size, meaning) in wanted.items():
+            given = getattr(batch, name).shape[-1]
+            if given != size:
+                raise ValueError(f"{name} is {given} wide, but this drafter reads {size}: {meaning}")
+        batch.check_finite(last_rows)
+
     @abstractmethod
     def reset_buffers(self) -> None:
         """Compute again what is in no checkpoint."""

@@ -120,36 +120,37 @@ class DSparkDrafter(BlockBackbone):
 
         Raises:
             TypeError: An unknown loss setting.
-            ValueError: Features that the loss needs are NaN or infinite.
+            ValueError: Features of another width, or NaN or infinite where the loss needs them; anchors outside their
+                samples; more or fewer weights than samples.
         """
-        batch.check_finite(self.needed_rows(batch.loss_mask))
+        samples = batch.samples
+        loss_masks = [batch.loss_mask.flatten()[slice(*sample)] for sample in samples]
+        needed_rows = torch.cat([self.needed_rows(loss_mask) for loss_mask in loss_masks])
+        self._check_features(batch, needed_rows.view(batch.loss_mask.shape))
         reduce = reduce or keep_local
         device = batch.input_ids.device
         alphas = replace(self.loss_settings, **loss_settings)
-        samples = batch.samples
-        if sample_weights is None:
-            sample_weights = torch.ones(len(samples))
-        sample_weights = sample_weights.to(device, torch.float32)
+        sample_weights = batch.per_sample(sample_weights, "sample_weights")
+        importance_weights = batch.per_sample(importance_weights, "importance_weights")
 
         generators = seeded_generators(anchor_seeds, len(samples))
-        loss_masks = [batch.loss_mask.flatten()[slice(*sample)] for sample in samples]
         if anchors is None:
-            anchors = draw_anchors(loss_masks, self.settings.num_anchors, generators)
-        drawn = Anchors(anchors[0].to(device, torch.long), anchors[1].to(device, torch.bool))
+            drawn = draw_anchors(loss_masks, self.settings.num_anchors, generators)
+        else:
+            drawn = Anchors(*anchors).checked(samples)
+        drawn = Anchors(drawn.positions.to(device, torch.long), drawn.keep.to(device, torch.bool))
         slots = supervise(batch.input_ids, batch.loss_mask, drawn, self.settings.num_drafts, samples)
         weights = slot_weights(slots.eval_mask, sample_weights, alphas.loss_decay_gamma)
         denominator = normalizer(weights, reduce)
-        loss_weights = weights
-        if importance_weights is not None:
-            loss_weights = weights * importance_weights.to(device, torch.float32)[:, None, None]
+        loss_weights = weights * importance_weights[:, None, None]
+        counted = slots.eval_mask & (sample_weights > 0)[:, None, None]
 
         blocks = PackedBlocks.of(drawn, samples)
         outputs = self._run_heads(self.block_hidden(batch, blocks, generators), batch, blocks, slots.labels)
-        rows = self._rows(outputs, batch, slots, loss_weights.flatten(0, 1)[outputs.chosen] / denominator, alphas)
+        rows = self._rows(outputs, batch, slots, counted, loss_weights / denominator, alphas)
         vocabulary = self._vocabulary()
         plain = return_logits or self.settings.loss == "plain"
         loss, terms = (plain_loss if plain else fused_loss)(rows, vocabulary)
-        counted = weights > 0
         losses = {"ce_loss": (terms.cross_entropy, alphas.ce_loss_alpha)}
         if alphas.l1_loss_alpha:
             losses["l1_loss"] = (terms.l1, alphas.l1_loss_alpha)
@@ -245,17 +246,21 @@ class DSparkDrafter(BlockBackbone):
         return SlotOutputs(chosen, hidden, latent, confidence)
 
     def _rows(
-        self, outputs: SlotOutputs, batch: FeatureBatch, slots: Slots, weights: Tensor, alphas: LossSettings
+        self,
+        outputs: SlotOutputs,
+        batch: FeatureBatch,
+        slots: Slots,
+        counted: Tensor,
+        weights: Tensor,
+        alphas: LossSettings,
     ) -> RowInputs:
-        """The slots whose weight [M, γ], already divided by the denominator, is not zero, as rows of the loss."""
-        counted = weights > 0
-        places = counted.flatten().nonzero().squeeze(1)
-        target_rows = slots.target_rows.flatten(0, 1)[outputs.chosen][counted]
+        """The slots that are counted, [B, A, γ] bool, as rows of the loss, with their weights [B, A, γ] in it."""
+        places = counted.flatten(0, 1)[outputs.chosen].flatten().nonzero().squeeze(1)
         return RowInputs(
             hidden=outputs.hidden.flatten(0, 1).index_select(0, places),
             latent=None if outputs.latent is None else outputs.latent.flatten(0, 1).index_select(0, places),
-            labels=slots.labels.flatten(0, 1)[outputs.chosen][counted],
-            target_states=batch.target_last_hidden_states.flatten(0, 1).index_select(0, target_rows),
+            labels=slots.labels[counted],
+            target_states=batch.target_last_hidden_states.flatten(0, 1).index_select(0, slots.target_rows[counted]),
             ce_weights=alphas.ce_loss_alpha * weights[counted],
             l1_weights=alphas.l1_loss_alpha * weights[counted],
         )

@@ -111,22 +111,21 @@ class Eagle3Drafter(Drafter):
 
         Raises:
             TypeError: An unknown loss setting.
-            ValueError: Features that the loss needs are NaN or infinite.
+            ValueError: Features of another width, or NaN or infinite where the loss needs them; more or fewer weights
+                than samples.
         """
         decay = loss_settings.pop("step_loss_decay", self.settings.step_loss_decay)
         if loss_settings:
             raise TypeError(f"Eagle3 has no loss setting {', '.join(loss_settings)}: it has step_loss_decay")
         reduce = reduce or keep_local
-        device = batch.input_ids.device
-        if sample_weights is None:
-            sample_weights = torch.ones(len(batch.samples))
-        sample_weights = sample_weights.to(device, torch.float32)
+        sample_weights = batch.per_sample(sample_weights, "sample_weights")
+        importance_weights = batch.per_sample(importance_weights, "importance_weights")
         # Deeper layers need what the first puts out at step 0 everywhere.
         reach = self.settings.ttt_length - 1 if len(self.layers) == 1 else None
         supervision = Supervision.of_batch(batch, sample_weights, reach)
-        scored = torch.zeros_like(batch.loss_mask)
-        scored.view(-1)[supervision.tokens + 1] = True
-        batch.check_finite(scored)
+        scored = torch.zeros(batch.loss_mask.numel(), dtype=torch.bool, device=supervision.tokens.device)
+        scored[supervision.tokens + 1] = True
+        self._check_features(batch, scored.view(batch.loss_mask.shape))
         num_samples, num_ranks = reduce(torch.stack([sample_weights.sum(), sample_weights.new_ones(())]))
 
         if return_logits:
@@ -134,9 +133,7 @@ class Eagle3Drafter(Drafter):
         queries = PackedRows.of_spans(batch, supervision.spans)
         everything = PackedRows.of_spans(batch, [Span(0, span.end) for span in supervision.spans])
         hidden = self._unroll(batch, everything, queries)
-        shares = sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT))
-        if importance_weights is not None:
-            shares = shares * importance_weights.to(device, torch.float32)
+        shares = sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT)) * importance_weights
         weights = shares[supervision.samples]
         steps = []
         for step, outputs in enumerate(hidden):

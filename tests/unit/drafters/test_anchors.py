@@ -90,6 +90,29 @@ def test_supervision_of_packed_samples_ends_with_the_sample():
     assert slots.eval_mask.tolist() == [[[True, False]], [[True, True]]]
 
 
+SAMPLES = [Span(0, 5), Span(5, 8)]
+
+
+def test_anchors_inside_their_samples_are_taken_as_they_are():
+    anchors = Anchors(torch.tensor([[1, 4], [2, 0]]), torch.tensor([[True, True], [True, False]]))
+    assert anchors.checked(SAMPLES) is anchors
+
+
+@pytest.mark.parametrize(
+    ("positions", "keep", "message"),
+    [
+        ([[1], [3]], [[True], [True]], "anchor 3 of sample 1 is none of its 3 positions"),
+        ([[-1], [2]], [[True], [True]], "anchor -1 of sample 0 is none of its 5 positions"),
+        ([[1]], [[True]], r"\[1, 1\] positions and \[1, 1\] keep, but both must be \[B, A\] with B 2"),
+        ([[1], [2]], [[True, True], [True, True]], r"\[2, 1\] positions and \[2, 2\] keep"),
+        ([[], []], [[], []], "A at least 1"),
+    ],
+)
+def test_anchors_that_are_not_of_their_samples_are_refused(positions, keep, message):
+    with pytest.raises(ValueError, match=message):
+        Anchors(torch.tensor(positions), torch.tensor(keep)).checked(SAMPLES)
+
+
 def test_packed_blocks_see_the_rows_before_their_anchor_of_their_own_sample():
     anchors = Anchors(
         torch.tensor([[2, 4], [0, 0], [3, 0]]), torch.tensor([[True, True], [False, False], [True, False]])

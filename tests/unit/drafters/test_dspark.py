@@ -77,6 +77,36 @@ def test_features_that_are_no_numbers_are_refused_with_their_place(make_drafter,
             drafter.training_forward(dataclasses.replace(batch, **{name: features}))
 
 
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_features_of_another_width_are_refused_with_both_widths(make_drafter, make_batch, algorithm):
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(12)
+    for name, message in (
+        ("target_hidden_states", r"is 47 wide, but this drafter reads 48: 16 of each of the layers \[0, 2, 4\]"),
+        ("target_last_hidden_states", "is 15 wide, but this drafter reads 16: the target's hidden size"),
+    ):
+        narrow = dataclasses.replace(batch, **{name: getattr(batch, name)[..., 1:]})
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            drafter.training_forward(narrow)
+
+
+def test_anchors_of_another_batch_are_refused(make_drafter, make_batch):
+    anchors = Anchors(torch.tensor([[8], [14]]), torch.ones(2, 1, dtype=torch.bool))
+    batch = packed(make_batch(20, 14), (20, 14))
+    with pytest.raises(ValueError, match="anchor 14 of sample 1 is none of its 14 positions"):
+        make_drafter().training_forward(batch, anchors=anchors)
+
+
+def test_last_row_of_a_packed_sample_may_hold_anything(make_drafter, make_batch):
+    """Its last token and the next sample's first one are supervised, but neither predicts the other."""
+    drafter, lengths = make_drafter(), (9, 8)
+    batch = packed(make_batch(*lengths, prompt=0), lengths)
+    expected = drafter.training_forward(batch, anchor_seeds=SEEDS[:2]).loss
+    last = batch.target_last_hidden_states.clone()
+    last[0, [8, 16]] = torch.nan
+    changed = dataclasses.replace(batch, target_last_hidden_states=last)
+    assert drafter.training_forward(changed, anchor_seeds=SEEDS[:2]).loss == expected
+
+
 def test_every_needed_row_is_read_when_all_candidates_are_anchors(make_drafter, make_batch):
     drafter, batch = make_drafter(num_anchors=100), make_batch(12)
     loss = drafter.training_forward(batch, anchor_seeds=[1]).loss.item()
@@ -340,6 +370,30 @@ def test_importance_multiplies_the_loss_of_its_sample_and_nothing_else(make_draf
     ]
     torch.testing.assert_close(sum(by_sample), plain.loss * 1.25)
     assert by_sample[0] != by_sample[1]
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_sample_of_no_importance_trains_nothing_but_is_measured(make_drafter, make_batch, algorithm):
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(20, 14)
+    whole = drafter.training_forward(batch, anchor_seeds=SEEDS[:2])
+    parts = [
+        drafter.training_forward(batch, anchor_seeds=SEEDS[:2], importance_weights=torch.tensor(weights))
+        for weights in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, whole.loss)
+    assert parts[0].metrics == parts[1].metrics == whole.metrics
+    torch.testing.assert_close(parts[0].rejections, whole.rejections)
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_slots_whose_weight_vanishes_are_measured_all_the_same(make_drafter, make_batch, algorithm):
+    """exp(−3 / 0.02) is 0 in float32: slot 3 has no part in the loss, but its acceptance is what it is."""
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(20)
+    steep, flat = (
+        drafter.training_forward(batch, anchor_seeds=[1], loss_decay_gamma=gamma).metrics for gamma in (0.02, 4.0)
+    )
+    unweighted = [name for name in flat if name.startswith("accept_rate") or name == "tau_probabilistic"]
+    assert {name: steep[name] for name in unweighted} == pytest.approx({name: flat[name] for name in unweighted})
 
 
 def test_rejection_is_that_of_each_sample_alone(make_drafter, make_batch):

@@ -187,6 +187,31 @@ def test_features_that_are_no_numbers_are_refused():
         drafter.training_forward(batch)
 
 
+def test_features_of_another_width_are_refused_with_both_widths():
+    drafter = make_drafter()
+    with pytest.raises(ValueError, match=r"target_hidden_states is 48 wide, but this drafter reads 80"):
+        drafter.training_forward(make_batch(12, num_layers=3))
+
+
+@pytest.mark.parametrize("name", ["sample_weights", "importance_weights"])
+def test_weights_must_be_one_a_sample(name):
+    drafter, batch = make_drafter(), make_batch(12, 9)
+    with pytest.raises(ValueError, match=rf"{name} is \[1\], but there are 2 samples"):
+        drafter.training_forward(batch, **{name: torch.ones(1)})
+
+
+def test_columns_of_tensors_may_lie_apart_in_memory():
+    drafter, batch = make_drafter(), make_batch(12, 9)
+    apart = {
+        field.name: value.transpose(0, 1).contiguous().transpose(0, 1)
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor) and value.dim() > 1
+    }
+    assert not apart["loss_mask"].is_contiguous()
+    other = dataclasses.replace(batch, **apart)
+    assert drafter.training_forward(other).loss == drafter.training_forward(batch).loss
+
+
 @pytest.mark.parametrize("own_lengths", [False, True])
 def test_padding_changes_nothing_but_the_length(own_lengths):
     drafter = make_drafter()

@@ -32,7 +32,9 @@ def test_nothing_is_padding_without_an_attention_mask():
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("input_ids", torch.zeros(3), r"input_ids must be \[B, T\], got \[3\]"),
+        ("input_ids", torch.zeros(3), r"input_ids must be \[B, T\], neither of them 0, got \[3\]"),
+        ("input_ids", torch.zeros(0, 3), r"neither of them 0, got \[0, 3\]"),
+        ("input_ids", torch.zeros(2, 0), r"neither of them 0, got \[2, 0\]"),
         ("loss_mask", torch.zeros(2, 4), r"loss_mask is \[2, 4\], but input_ids is \[2, 3\]"),
         ("attention_mask", torch.zeros(2), r"attention_mask is \[2\]"),
         ("target_hidden_states", torch.zeros(2, 4, 8), r"target_hidden_states is \[2, 4, 8\]"),
@@ -57,3 +59,17 @@ def test_samples_are_rows_or_packed_pieces():
     ids, features = torch.ones(1, 5), torch.zeros(1, 5, 2)
     batch = FeatureBatch.from_tensors(ids, ids, None, features, features, sample_lengths=(2, 3))
     assert batch.samples == batch.to("cpu").samples == ((0, 2), (2, 5))
+
+
+def test_a_number_for_each_sample_is_one_unless_given():
+    batch = FeatureBatch.from_tensors(**GOOD)
+    assert batch.per_sample(None, "weights").tolist() == [1.0, 1.0]
+    given = batch.per_sample(torch.tensor([2, 0]), "weights")
+    assert given.dtype == torch.float32
+    assert given.tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("values", [torch.ones(1), torch.ones(3), torch.ones(2, 1)])
+def test_more_or_fewer_numbers_than_samples_are_refused(values):
+    with pytest.raises(ValueError, match=r"weights is \[.*\], but there are 2 samples"):
+        FeatureBatch.from_tensors(**GOOD).per_sample(values, "weights")
