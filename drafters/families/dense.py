@@ -11,6 +11,10 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_hea
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Factors that some targets put on their logits, and the loss would not."""
 
+ROPE_OF_PLACES = ("default", "linear", "llama3", "yarn")
+"""RoPE types that rotate a place alike however many there are. A drafter rotates context and blocks apart, a few rows at
+a time: its keys would not fit together under the others, so it has default RoPE for them."""
+
 COPIED = (
     *REQUIRED,
     "initializer_range",
@@ -60,10 +64,13 @@ def dense_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE of full-attention layers, over whole heads."""
+    """RoPE of full-attention layers, over whole heads, with frequencies that depend on nothing but the place."""
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
     parameters = parameters.get("full_attention", parameters)
     theta = parameters.get("rope_theta") or values.get("rope_theta")
-    named = {"rope_type": parameters.get("rope_type") or parameters.get("type") or "default"}
-    rope = {name: value for name, value in parameters.items() if name not in ("type", "partial_rotary_factor")} | named
-    return {"rope_parameters": rope | ({"rope_theta": theta} if theta else {"rope_theta": 10_000.0})}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if kind in ROPE_OF_PLACES:
+        rope = {name: value for name, value in parameters.items() if name not in ("type", "partial_rotary_factor")}
+        rope["rope_type"] = kind
+    return {"rope_parameters": rope | {"rope_theta": theta or 10_000.0}}

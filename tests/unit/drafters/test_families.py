@@ -287,6 +287,31 @@ def test_llama_scaling_of_rope_survives_and_partial_rotation_does_not():
     assert make_drafter(partial).config.rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.0], "long_factor": [4.0, 4.0],
+            "original_max_position_embeddings": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
+def test_keys_do_not_depend_on_how_many_places_are_rotated_at_once(rope):
+    """Twenty rows, past the eight that the target was trained on: all at once, and one by one."""
+    target = LlamaConfig(**(SIZES | {"max_position_embeddings": 8}), rope_parameters=rope)
+    drafter, features = make_drafter(target).eval(), torch.randn(20, 3 * SIZES["hidden_size"])
+    keys = []
+    for size in (20, 1):
+        state = drafter.start_drafting()
+        for rows in features.split(size):
+            drafter.observe(state, rows, torch.zeros(len(rows)))
+        keys.append(state.caches[0].rows().keys)
+    torch.testing.assert_close(*keys)
+    assert drafter.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_llama_layout_for_gemma_rotates_whole_heads_the_way_every_server_knows():
+    drafter = build_drafter(TARGETS["gemma4_text"], "eagle3", layout="llama", target_layer_ids=(0, 2, 4))
+    assert drafter.config.rope_parameters == {"rope_type": "default", "rope_theta": 1_000_000.0}
+
+
 def test_generic_drafter_says_what_target_it_is_for():
     config = make_drafter(TARGETS["deepseek_v3"]).config
     assert (config.model_type, config.target_model_type) == ("llama", "deepseek_v3")
