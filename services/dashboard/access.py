@@ -1,11 +1,16 @@
-"""Who may read and who may steer: one token a dashboard, and no reading beyond this machine without it."""
+"""Who may read and who may steer: one token a dashboard; beyond this machine nothing without it, nor without TLS."""
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
-import secrets
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from services.security import check_listening, is_loopback, make_token
+
+WAYS_TO_LISTEN = (
+    "Give --tls-cert and --tls-key; or --insecure, on a network you trust; or listen on 127.0.0.1 and forward the port"
+)
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -17,18 +22,36 @@ class Access:
     Attributes:
         host: Where it listens.
         token: What steering always needs, and reading where others can reach the page.
+        certificate: File in PEM; with it and its key the page is served over TLS.
+        key: File in PEM.
+        insecure: Its owner lets the page be served beyond this machine without TLS.
     """
 
     host: str = "127.0.0.1"
-    token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    token: str = field(default_factory=make_token, repr=False)
+    certificate: Path | None = None
+    key: Path | None = None
+    insecure: bool = False
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the page is encrypted on its way."""
+        return self.certificate is not None
 
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
+
+    def check(self) -> None:
+        """Check that the page may be served there.
+
+        Raises:
+            UsageError: Others could read along.
+        """
+        check_listening(
+            "the dashboard", self.host, token=True, tls=self.has_tls, insecure=self.insecure, ways=WAYS_TO_LISTEN
+        )
 
     @property
     def names(self) -> list[str]:

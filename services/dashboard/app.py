@@ -16,7 +16,9 @@ from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.dashboard.access import Access
 from services.dashboard.controls import Action, Controls
@@ -44,6 +46,29 @@ HTTP_STATUS = {
     "DEADLINE_EXCEEDED": HTTPStatus.GATEWAY_TIMEOUT,
 }
 """Of our errors; any other is a conflict with the state of the run."""
+
+
+MOST_BODY_BYTES = 16 * 1024
+"""A request to steer is a few dozen bytes."""
+
+
+class SmallBodies:
+    """Refuses large requests before they are read: FastAPI reads a body before it asks for the token."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            length = headers.get("content-length", "0")
+            if "transfer-encoding" in headers or not length.isdecimal() or int(length) > MOST_BODY_BYTES:
+                detail = f"a request must say its length, and have at most {MOST_BODY_BYTES} bytes"
+                answer = JSONResponse({"detail": detail}, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, NO_STORE)
+                await answer(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class Files(StaticFiles):
@@ -83,6 +108,7 @@ def create_app(feed: Feed, access: Access, controls: Controls) -> FastAPI:
 
     app = FastAPI(title="Slipstream dashboard", lifespan=lifespan, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=access.names)
+    app.add_middleware(SmallBodies)
     one_at_a_time = asyncio.Lock()
 
     @app.exception_handler(RequestValidationError)
@@ -94,7 +120,7 @@ def create_app(feed: Feed, access: Access, controls: Controls) -> FastAPI:
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
 
-    @app.get("/api/health")
+    @app.get("/api/health", dependencies=[Depends(reader)])
     async def health() -> JSONResponse:
         return JSONResponse({"streams": feed.num_streams}, headers=NO_STORE)
 

@@ -45,8 +45,10 @@ def listen(access: Access, port: int) -> socket.socket:
     """A listening socket, which can be connected to from now on; port 0 takes a free one.
 
     Raises:
+        UsageError: The host is beyond this machine, and the page would not be encrypted.
         SlipstreamError: The port is taken, or the host is none of this machine's.
     """
+    access.check()
     family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -66,7 +68,8 @@ def published(access: Access, listener: socket.socket) -> Published:
     """What a listening dashboard tells others."""
     host, port = listener.getsockname()[:2]
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return Published(url=f"http://{name}:{port}/#token={access.token}", token=access.token, pid=os.getpid())
+    scheme = "https" if access.has_tls else "http"
+    return Published(url=f"{scheme}://{name}:{port}/#token={access.token}", token=access.token, pid=os.getpid())
 
 
 class Server(uvicorn.Server):
@@ -80,6 +83,8 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             server_header=False,
             ws="none",
+            ssl_certfile=access.certificate,
+            ssl_keyfile=access.key,
         )
         super().__init__(config)
         self._feed = feed

@@ -25,8 +25,14 @@ def dashboard(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
     host: Annotated[
-        str, typer.Option(help="Where to listen. Beyond this machine the page opens with its token alone.")
+        str,
+        typer.Option(help="Where to listen; beyond this machine the page needs TLS, and opens with its token alone."),
     ] = "127.0.0.1",
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate, or chain of them (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen anywhere without TLS. Only on a network you trust.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Serve the page of a run: its curves, its state, its controls. Ctrl-C ends the page, not the run.
@@ -48,7 +54,8 @@ def dashboard(
     console = RunConsole(to_stderr=as_json)
     try:
         output_dir = find_run(run, Path.cwd())
-        access = Access(host)
+        access = Access(host, certificate=tls_cert, key=tls_key, insecure=insecure)
+        _check_pair(tls_cert, tls_key)
         listener = listen(access, port)
     except SlipstreamError as error:
         fail(console, str(error), error.exit_code)
@@ -58,6 +65,17 @@ def dashboard(
     else:
         _show(console.say, output_dir, place.url, access)
     serve(Feed(output_dir), access, RayControls(output_dir, stays_attached=False), listener)
+
+
+def _check_pair(certificate: Path | None, key: Path | None) -> None:
+    """Check certificate and key before the web server reads them, which says little about what is wrong."""
+    from services.errors import UsageError
+    from services.security import read_certificate, read_key
+
+    if (certificate is None) != (key is None):
+        raise UsageError("--tls-cert and --tls-key go together: give both or neither")
+    if certificate is not None and key is not None:
+        read_key(key, read_certificate(certificate))
 
 
 def find_run(wanted: str | None, folder: Path) -> Path:
@@ -110,5 +128,7 @@ def _run_id(path: Path) -> str:
 def _show(say: Callable[[str], None], output_dir: Path, url: str, access: Access) -> None:
     say(f"dashboard of {output_dir}\n  {url}")
     if not access.is_local:
-        say("Whoever has this link can see the run and steer it. It is not encrypted: keep it on a network you trust.")
+        say("Whoever has this link can see the run and steer it.")
+    if not access.is_local and not access.has_tls:
+        say("It is not encrypted: keep it on a network you trust.")
     say("Ctrl-C ends the page, not the run.")

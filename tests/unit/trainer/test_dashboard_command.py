@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from services.errors import UsageError
+from trainer.cli import app
 from trainer.commands.dashboard import find_run
 
 
@@ -58,3 +60,18 @@ def test_folder_with_an_unreadable_record_does_not_hide_the_others(tmp_path: Pat
     (make_run(tmp_path / "runs" / "broken", "x") / "run.json").write_text("{")
     good = make_run(tmp_path / "runs" / "good", "qwen-1")
     assert find_run("qwen", tmp_path) == good
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--host", "0.0.0.0"), "without TLS"),
+        (("--tls-cert", "c.pem"), "go together"),
+        (("--tls-cert", "c.pem", "--tls-key", "k.pem"), "cannot read certificate file c.pem"),
+    ],
+)
+def test_page_that_others_could_read_along_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    run = make_run(tmp_path / "run", "qwen-1")
+    result = CliRunner().invoke(app, ["dashboard", str(run), *arguments])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from services.dashboard import feed as feed_module
 from services.dashboard.access import Access
 from services.dashboard.controls import Scale, Steer
 from services.dashboard.feed import Feed
-from services.dashboard.server import Server, listen
+from services.dashboard.server import Server, listen, published
 from services.errors import SlipstreamError, UsageError
+from services.security import make_certificate
 
 TIMEOUT_S = 20
 TOKEN = {"Authorization": "Bearer secret"}
@@ -43,10 +45,10 @@ class Driver:
 class Dashboard:
     """One dashboard under test, in a thread of its own."""
 
-    def __init__(self, output_dir: Path, host: str = "127.0.0.1") -> None:
+    def __init__(self, output_dir: Path, **access: Any) -> None:
         self.path = output_dir / "telemetry.jsonl"
         self.driver = Driver()
-        self.access = Access(host, token="secret")
+        self.access = Access(token="secret", **access)
         self.listener = listen(self.access, 0)
         self.port = self.listener.getsockname()[1]
         self.feed = Feed(output_dir, follows_driver=True, clock=lambda: 100.0)
@@ -314,14 +316,44 @@ def test_page_of_another_name_cannot_read_through_this_machine(dashboard: Dashbo
 
 
 def test_reading_beyond_this_machine_needs_the_token(tmp_path: Path) -> None:
-    dashboard = Dashboard(tmp_path, host="0.0.0.0")
-    for path in ("/api/history", "/api/events"):
+    dashboard = Dashboard(tmp_path, host="0.0.0.0", insecure=True)
+    for path in ("/api/history", "/api/events", "/api/health"):
         status, answer, _ = dashboard.ask("GET", path)
         assert status == 401
         assert "token" in answer["detail"]
     assert dashboard.ask("GET", "/api/history", **TOKEN)[0] == 200
     assert dashboard.ask("GET", "/")[0] == 200, "the page itself holds no secret and asks for the token"
     dashboard.close()
+
+
+def test_page_beyond_this_machine_is_refused_without_tls(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"'0\.0\.0\.0' is not on the loopback interface, and without TLS .*--insecure"
+    ):
+        listen(Access("0.0.0.0"), 0)
+
+
+def test_page_is_served_over_tls(tmp_path: Path) -> None:
+    certificate, key = make_certificate(["127.0.0.1"])
+    (tmp_path / "certificate.pem").write_bytes(certificate)
+    (tmp_path / "key.pem").write_bytes(key)
+    dashboard = Dashboard(tmp_path, host="0.0.0.0", certificate=tmp_path / "certificate.pem", key=tmp_path / "key.pem")
+    assert published(dashboard.access, dashboard.listener).url.startswith("https://")
+    context = ssl.create_default_context(cadata=certificate.decode())
+    connection = http.client.HTTPSConnection("127.0.0.1", dashboard.port, timeout=TIMEOUT_S, context=context)
+    with contextlib.closing(connection):
+        connection.request("GET", "/api/history", headers=TOKEN)
+        assert connection.getresponse().status == 200
+    dashboard.close()
+
+
+def test_large_request_is_refused_before_it_is_read(dashboard: Dashboard) -> None:
+    status, answer, _ = dashboard.ask("POST", "/api/control", {"action": "x" * 20_000})
+    assert status == 413
+    assert "16384 bytes" in answer["detail"]
+    with contextlib.closing(dashboard.connect()) as connection:
+        connection.request("POST", "/api/control", iter([b"{"]), encode_chunked=True)
+        assert connection.getresponse().status == 413
 
 
 def test_taken_port_is_named_with_the_way_out(dashboard: Dashboard) -> None:
