@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -78,22 +79,16 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     folder = Path(folder)
     values = _read_json(folder / CONFIG_NAME)
     try:
-        family = find_family(values["model_type"])
-        has_heads = bool(values.get("markov_rank") or values.get("enable_confidence_head"))
-        architecture = values["architectures"][0]
-        algorithm = algorithm_of_architecture(architecture, values["model_type"], has_heads=has_heads)
-        settings = _settings_of(values, algorithm).resolve(
-            num_target_layers=values["num_target_layers"],
-            vocab_size=values["vocab_size"],
-            model_type=values["model_type"],
-        )
-        config = family.read_config(_without(values, ("rope_theta",) if values.get("rope_parameters") else ()))
-        with torch.device("meta"):  # no time or memory for weights that are about to be replaced
-            drafter = find_algorithm(algorithm).load()(config, settings, family)
-    except (KeyError, IndexError) as error:
-        raise CheckpointFormatError(f"{folder / CONFIG_NAME} lacks {error}: it is no drafter's config") from error
+        settings = _settings_of(values)
     except ValueError as error:
         raise CheckpointFormatError(f"{folder / CONFIG_NAME}: {error}") from error
+    try:
+        family = find_family(values["model_type"])
+        config = family.read_config(_without(values, ("rope_theta",) if values.get("rope_parameters") else ()))
+        with torch.device("meta"):  # no time or memory for weights that are about to be replaced
+            drafter = find_algorithm(settings.algorithm).load()(config, settings, family)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+        raise CheckpointFormatError(f"{folder / CONFIG_NAME} describes no draft layers: {error}") from error
     drafter.reset_buffers()
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     _check_tensors(folder / WEIGHTS_NAME, tensors, drafter.state_dict())
@@ -123,11 +118,35 @@ def checkpoint_config(drafter: Drafter) -> dict[str, Any]:
     return config
 
 
-def _settings_of(values: Mapping[str, Any], algorithm: str) -> DrafterConfig:
+def _settings_of(values: Mapping[str, Any]) -> DrafterConfig:
+    """What ``config.json`` says of the drafter itself.
+
+    Raises:
+        ValueError: It lacks something, or says what no drafter is.
+    """
+    model_type = _entry(values, "model_type", str)
+    architectures = _entry(values, "architectures", list) or [None]
+    has_heads = bool(values.get("markov_rank") or values.get("enable_confidence_head"))
+    algorithm = algorithm_of_architecture(str(architectures[0]), model_type, has_heads=has_heads)
     foreign = FOREIGN_SETTINGS[algorithm]
     given = {name: values[name] for name in DrafterConfig.model_fields if name in values and name not in foreign}
-    given |= {name: values[name] for name in NEVER_GUESSED[algorithm] if name not in foreign}
-    return DrafterConfig(**(given | {"algorithm": algorithm, "num_draft_layers": values["num_hidden_layers"]}))
+    given |= {name: _entry(values, name) for name in NEVER_GUESSED[algorithm] if name not in foreign}
+    given |= {"algorithm": algorithm, "num_draft_layers": _entry(values, "num_hidden_layers", int)}
+    return DrafterConfig(**given).resolve(
+        num_target_layers=_entry(values, "num_target_layers", int),
+        vocab_size=_entry(values, "vocab_size", int),
+        model_type=model_type,
+    )
+
+
+def _entry(values: Mapping[str, Any], name: str, kind: type = object) -> Any:
+    """A value that must be there and of a kind; null is as good as none."""
+    value = values.get(name)
+    if value is None:
+        raise ValueError(f"lacks {name!r}: it is no drafter's config")
+    if not isinstance(value, kind):
+        raise ValueError(f"{name!r} must be of type {kind.__name__}, not {value!r}")
+    return value
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

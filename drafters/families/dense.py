@@ -12,8 +12,8 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Factors that some targets put on their logits, and the loss would not."""
 
 ROPE_OF_PLACES = ("default", "linear", "llama3", "yarn")
-"""RoPE types that rotate a place alike however many there are. A drafter rotates context and blocks apart, a few rows at
-a time: its keys would not fit together under the others, so it has default RoPE for them."""
+"""RoPE types that rotate a place alike however many there are. A drafter rotates context and blocks apart, a few rows
+at a time: its keys would not fit together under the others, so it has default RoPE for them."""
 
 COPIED = (
     *REQUIRED,

@@ -130,12 +130,42 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(make_drafter, tmp_pat
         ({"architectures": None}, "lacks 'architectures'"),
         ({"target_layer_ids": [0, 2, 5]}, "the last is never captured"),
         ({"markov_head_type": "lstm"}, "markov_head_type"),
+        ({"architectures": []}, "no qwen3 drafter architecture 'None'"),
+        ({"architectures": "Qwen3DSparkModel"}, "'architectures' must be of type list, not 'Qwen3DSparkModel'"),
+        ({"num_target_layers": "6"}, "'num_target_layers' must be of type int, not '6'"),
+        ({"hidden_size": "16"}, "(?s)describes no draft layers: .*hidden_size"),
+        ({"num_attention_heads": 0}, "describes no draft layers"),
+        ({"hidden_act": "relish"}, "describes no draft layers: .*relish"),
+        ({"num_hidden_layers": 3}, "(?s)describes no draft layers: .*layer_types"),
     ],
 )
 def test_config_of_no_known_drafter_is_refused_by_name(make_drafter, tmp_path, changes, message):
     save_drafter(make_drafter(), tmp_path)
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointFormatError, match=message):
+        load_drafter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        ("dspark", "target_layer_ids"),
+        ("dspark", "mask_token_id"),
+        ("dspark", "markov_rank"),
+        ("dspark", "num_target_layers"),
+        ("dspark", "architectures"),
+        ("eagle3", "target_layer_ids"),
+        ("eagle3", "ttt_length"),
+    ],
+)
+def test_nothing_is_guessed_where_the_config_says_null(target_config, tmp_path, algorithm, name):
+    """For a target of 36 layers and Qwen3's vocabulary there would be defaults."""
+    target_config.update({"num_hidden_layers": 36, "layer_types": ["full_attention"] * 36, "vocab_size": 151936})
+    target_config.hidden_size = 4
+    save_drafter(build_drafter(target_config, algorithm, num_draft_layers=1), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: None}))
+    with pytest.raises(CheckpointFormatError, match=f"lacks '{name}'"):
         load_drafter(tmp_path)
 
 
