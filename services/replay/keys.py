@@ -42,6 +42,11 @@ def owner_key(prefix: str) -> str:
     return f"{prefix}:owner"
 
 
+def key_pattern(prefix: str) -> str:
+    """Pattern of all keys under a prefix, for `SCAN` and `KEYS`."""
+    return re.sub(r"([\[\]*?\\^])", r"\\\1", prefix) + ":*"
+
+
 def destroy(client: redis.Redis, prefix: str, *, keep_claim: bool = False) -> int:
     """Remove every key under a prefix.
 
@@ -53,7 +58,7 @@ def destroy(client: redis.Redis, prefix: str, *, keep_claim: bool = False) -> in
     Returns:
         How many keys were removed.
     """
-    pattern = re.sub(r"([\[\]*?\\^])", r"\\\1", prefix) + ":*"
+    pattern = key_pattern(prefix)
     kept = owner_key(prefix).encode()
     removed = 0
     batch: list[bytes] = []
