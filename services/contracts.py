@@ -196,6 +196,11 @@ class SampleLease(Record):
     importance: float = 1.0
     """What the sample's loss is multiplied by: below 1 where a prioritized selector draws it more often than others."""
 
+    @property
+    def incarnation(self) -> str:
+        """Of the table that gave it: with another one, its sample is not there any more."""
+        return self.lease_id.partition(".")[0]
+
 
 class StepLease(Record):
     """What the coordinator grants one optimizer step; the same numbers for every rank.
@@ -249,6 +254,8 @@ class RankAccount(Record):
 
     rank: int
     generation: int
+    incarnation: str
+    """Of the table that the coordinator named when it asked; the rank takes samples of no other one any more."""
     leases: tuple[StepLease, ...] = ()
     """Granted to this rank and not reported by it; the last may be END."""
     reports: tuple[StepReport, ...] = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ import ray
 import ray.exceptions
 
 from services.control.attach import NoClusterError, attach_ray
-from services.errors import DeadlineError, PlacementError, SlipstreamError
+from services.errors import DeadlineError, NotBegunError, PartDiedError, PlacementError, SlipstreamError
 from services.logs import LogPlace, logged
 from services.placement import Ask, alive_nodes
+
+logger = logging.getLogger(__name__)
 
 PLACEMENT_DEADLINE_S = 60.0
 """An actor that is not placed by then is reported with the resource it waits for."""
@@ -38,7 +41,7 @@ LOCAL_OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's smallest object store, nearly: tensors never pass through it."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_cluster(*, local: bool) -> Iterator[None]:
     """Attach to the running Ray cluster, or start a local one and end it afterwards.
 
@@ -61,9 +64,19 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process on the spot
-        yield
+        with contextlib.redirect_stdout(_PrintedByRay()):
+            yield
     finally:
         ray.shutdown()
+
+
+class _PrintedByRay(io.TextIOBase):
+    """Takes what Ray prints to standard output when a worker dies: that belongs to the run's log, not to its result."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.info("%s", text.rstrip())
+        return len(text)
 
 
 def _attach() -> bool:
@@ -159,7 +172,8 @@ def result_of(future: Any, what: str, *, timeout_s: float | None = None) -> Any:
         timeout_s: Longest wait; None waits for ever.
 
     Raises:
-        SlipstreamError: What the part raised, or that it died.
+        PartDiedError: Its process died.
+        SlipstreamError: What the part raised.
         DeadlineError: There is no answer in time.
     """
     try:
@@ -171,18 +185,25 @@ def result_of(future: Any, what: str, *, timeout_s: float | None = None) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise SlipstreamError(
+        raise PartDiedError(
             f"{what} died; the same command again goes on from the last checkpoint. Ray says: {error}"
         ) from error
 
 
 def _deferred(cls: type) -> type:
-    """The class, constructed by `begin`: what a constructor raises inside Ray comes back as a text only."""
+    """The class, constructed by `begin`: what a constructor raises inside Ray comes back as a text only.
+
+    An actor that Ray restarts waits for `begin` again, and says so to whoever asks it anything before.
+    """
+
+    def missing(self: Any, name: str) -> Any:
+        raise NotBegunError(f"{cls.__name__} has been restarted and is not set up yet: it has no {name!r}")
 
     def wait(self: Any) -> None:
         """Nothing yet: the actor's process runs, and that is all that being placed means."""
 
-    return type(cls.__name__, (cls,), {"__init__": wait, "begin": cls.__init__})  # type: ignore[misc]  # that very one
+    construct = cls.__init__  # type: ignore[misc]  # that very one
+    return type(cls.__name__, (cls,), {"__init__": wait, "begin": construct, "__getattr__": missing})
 
 
 def _check_placed(unplaced: Sequence[Part]) -> None:

@@ -6,6 +6,7 @@ it goes to stderr.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class RunConsole:
     """Shows one run; a context manager around it."""
 
     def __init__(self, *, to_stderr: bool) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False)
+        # The stream of now: a run sends what libraries print elsewhere.
+        self.console = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
         self._state = RunState()
         self._curve: deque[float] = deque(maxlen=CURVE_POINTS)
         self._curve_step = 0

@@ -4,7 +4,8 @@
                     │                           ▼
                     └─ step leases ─► ranks ◄─ Redis ─► checkpoints ─► Evaluator ─► τ
 
-The driver carries no tensors: it places actors, reads telemetry and ends everything in order.
+The driver carries no tensors: it places actors, reads telemetry, starts again what was killed (`_take_in`), and ends
+everything in order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ import ray.exceptions
 from services.contracts import DTYPE_BYTES, Event, TableSignature
 from services.control.board import StatusBoard
 from services.control.records import RunStatus
-from services.errors import ReplayUnavailableError, SlipstreamError, StoppedError, TargetError
+from services.errors import (
+    NotBegunError,
+    PartDiedError,
+    ReplayUnavailableError,
+    SlipstreamError,
+    StoppedError,
+    TargetError,
+)
 from services.logs import EventLog, process_log
 from services.placement import address_for_others, on_this_node, this_node
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
@@ -40,11 +48,11 @@ from services.target.pool import TargetPool
 from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, TelemetryReader
 from services.views.prometheus import PrometheusSink
 from services.views.tensorboard import TensorBoardSink
-from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
-from trainer.cluster import ANSWER_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
+from trainer.checkpoint import LEDGER, checkpoint_path, checkpoint_step, latest_checkpoint
+from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
 from trainer.console import RunConsole
 from trainer.evaluations import Evaluations
-from trainer.figures import TrainResult
+from trainer.group import RankGroup
 from trainer.observer import Observer
 from trainer.output import OutputDir, claim_output_dir, replace_text
 from trainer.page import own_dashboard
@@ -54,6 +62,7 @@ from trainer.recipe import Recipe
 from trainer.run_redis import RunRedis, run_redis, table_prefix
 from trainer.steering import Steering
 from trainer.summary import Summary
+from trainer.supervision import Restarts, persist
 
 POLL_S = 0.25
 """How often the driver looks at the run."""
@@ -63,6 +72,10 @@ LOAD_DEADLINE_S = 600.0
 
 LOOKAHEAD = 2
 """Captures in the work queue for each one that the shard pulls at once."""
+
+SHARD, COORDINATOR, GROUP, EVALUATOR = "the replay shard", "the coordinator", "a trainer rank", "the evaluator"
+"""Parts that are started again when they lose their process, each so often and no more."""
+
 
 STOP_DEADLINE_S = 60.0
 """A run that is asked to stop has this long to finish its step and write a checkpoint."""
@@ -116,6 +129,7 @@ class Job:
         self._console = console
         self._started_s = started_s
         self._resume = latest_checkpoint(output.path)
+        self._began_at_step = checkpoint_step(self._resume) if self._resume else None
         self._where = (redis.url, table_prefix(output))
         self._keep_redis_alive = redis.keep_alive
         self._redis = connect(redis.url)
@@ -133,8 +147,9 @@ class Job:
         self._steering = Steering(self._board, self, self._report)
         self._parts: list[Part] = []
         self._heldout: list[list[int]] = []
-        self._training: dict[Any, str] = {}
-        self._results: list[TrainResult] = []
+        self._restarts = {what: Restarts(what) for what in (SHARD, COORDINATOR, GROUP, EVALUATOR)}
+        self._is_paused = False
+        self._is_stopping = False
         self._start_is_due = True
 
     def __enter__(self) -> Self:
@@ -160,39 +175,30 @@ class Job:
         self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
         replay = recipe.replay
         self._table.create(replay.capacity, signature, replay.reuse, replay.rate_limiter, replay.sampling)
-        self._table.set_generation(self._output.attempt)
         self._pool.start()
-        self._coordinator = self._start_coordinator()
+        generation = self._output.next_generation()
+        self._table.set_generation(generation)
+        self._coordinator = self._start_coordinator(generation)
         self._observer = Observer(
             self._console,
             self._journal,
             TelemetryReader(self._redis, table_prefix(self._output)),
             self._table,
-            self._coordinator,
+            lambda: self._ask_coordinator("progress"),
             self._pool.states,
             self._started_s,
         )
         self._observer.phase("starting target, replay shard, coordinator and trainer")
-        shard = self._start(
-            ReplayShard,
-            *self._where,
-            recipe.replay,
-            signature,
-            self._output.answers,
-            self._listening.credentials.for_client(),
-            max_concurrency=4,
-            log=self._output.log_place("shard"),
-            scheduling_strategy=on_this_node(),  # beside the embedded Redis
-        )
-        ranks = [self._start_rank(rank) for rank in range(recipe.trainer.world_size)]
+        self._shard = self._start_shard()
+        self._group = self._start_group(generation)
         wait_started(self._parts, self._steering.look)
+        self._attending = self._coordinator.actor.attend.remote()
         if self._evaluations.is_enabled:
             self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
         self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
         self._check_target()
-        self._shard_run = shard.run.remote()
-        store = result_of(ranks[0].open_store.remote(), "trainer rank 0", timeout_s=ANSWER_DEADLINE_S)
-        self._training = {actor.train.remote(store): f"trainer rank {rank}" for rank, actor in enumerate(ranks)}
+        self._filling = self._shard.actor.run.remote()
+        self._group.begin()
         if self._resume:
             self._console.say(f"resumed from {self._resume}")
 
@@ -200,15 +206,12 @@ class Job:
         """Follow the run until every rank has finished; raises what a part died of, or `StoppedError`."""
         self._observer.phase("filling the replay buffer")
         self._steering.enter("training")
-        while self._training:
-            done, _ = ray.wait([self._shard_run, *self._training], num_returns=1, timeout=POLL_S)
-            for future in done:
-                if future == self._shard_run:
-                    result_of(future, "the replay shard")
-                    raise SlipstreamError("the replay shard ended before training did")
-                self._results.append(result_of(future, self._training.pop(future)))
-            if message := self._keep_redis_alive():
-                self._observer.report(Event(time_s=time.time(), kind="redis", message=message))
+        while self._group.calls:
+            if news := self._keep_redis_alive():
+                self._say("redis", news)
+            done, _ = ray.wait([self._filling, self._attending, *self._group.calls], num_returns=1, timeout=POLL_S)
+            for call in done:
+                self._take_in(call)
             self._pool.check()
             for event in self._pool.events():
                 self._observer.report(event)
@@ -217,26 +220,94 @@ class Job:
             if self._observer.first_step_s is not None and self._start_is_due:
                 self._try_start_evaluation()
 
+    def _take_in(self, call: Any) -> None:
+        """Take a call that came back, of which only a rank's should; what lost its process is started again."""
+        try:
+            if call == self._filling:
+                result_of(call, "the replay shard")
+                raise SlipstreamError("the replay shard ended before training did")
+            if call == self._attending:
+                result_of(call, "the coordinator")
+                raise SlipstreamError("the coordinator ended before training did")
+        except PartDiedError as error:
+            self._revive_shard(error) if call == self._filling else self._revive_coordinator(error)
+            return
+        try:
+            self._group.take(call)
+        except PartDiedError as error:
+            self._renew_group(error)
+
+    def _revive_shard(self, cause: PartDiedError) -> None:
+        """Put a new shard beside the table: it adopts the samples and takes the jobs of the dead one back."""
+        self._restarts[SHARD].count(time.monotonic(), cause)
+        self._say("restart", "the replay shard lost its process; another one takes over what is in the buffer")
+        self._drop(self._shard)
+        self._shard = persist(self._started_shard, self._steering.look)
+        self._filling = self._shard.actor.run.remote()
+
+    def _started_shard(self) -> Part:
+        shard = self._start_shard()
+        try:
+            wait_started([shard], self._steering.look)
+        except SlipstreamError:
+            self._drop(shard)
+            raise
+        return shard
+
+    def _revive_coordinator(self, cause: PartDiedError) -> None:
+        """Set the coordinator up again in the process that Ray gives it; the ranks' accounts say where they are."""
+        self._restarts[COORDINATOR].count(time.monotonic(), cause)
+        self._say(
+            "restart", "the coordinator lost its process; it begins again from the ledger and the ranks' accounts"
+        )
+        actor = self._coordinator.actor
+
+        def begin() -> None:
+            self._resume = latest_checkpoint(self._output.path)
+            arguments = self._coordinator_arguments(self._group.generation, joins=bool(self._group.calls))
+            result_of(actor.begin.remote(*arguments), "the coordinator", timeout_s=START_DEADLINE_S)
+
+        persist(begin, self._steering.look)
+        self._attending = actor.attend.remote()
+
+    def _renew_group(self, cause: PartDiedError) -> None:
+        """End the ranks that are left, and begin a group of the next generation from the last checkpoint."""
+        self._restarts[GROUP].count(time.monotonic(), cause)
+        self._group.kill()
+        for part in self._group.parts:
+            self._parts.remove(part)
+        self._resume = latest_checkpoint(self._output.path)
+        step = checkpoint_step(self._resume) if self._resume else 0
+        self._say("restart", f"a trainer rank lost its process; all ranks begin again after step {step}")
+        generation = self._output.next_generation()
+        ledger = self._ledger_path()
+        persist(lambda: self._ask_coordinator("begin_group", generation, ledger), self._steering.look)
+        self._write_run()
+        self._group = self._start_group(generation)
+        wait_started(self._group.parts, self._steering.look)
+        self._group.begin()
+
     def stop_after_step(self) -> None:
         """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`.
 
         Raises:
             SlipstreamError: What a rank died of: then that checkpoint is not written.
         """
-        if not self._training:
+        if not self._group.calls:
             return
         self._console.say("stopping after this step; press Ctrl-C again to stop at once")
         self._steering.enter("stopping")
+        self._is_stopping = True
         self._ask_coordinator("stop_granting")
         deadline_s = time.monotonic() + STOP_DEADLINE_S
-        while self._training and time.monotonic() < deadline_s:
-            done, _ = ray.wait(list(self._training), num_returns=1, timeout=POLL_S)
-            for future in done:
-                result_of(future, self._training.pop(future))
+        while self._group.calls and time.monotonic() < deadline_s:
+            done, _ = ray.wait(self._group.calls, num_returns=1, timeout=POLL_S)
+            for call in done:
+                self._group.take(call)
             self._observer.look()
             self._steering.look()
         self._observer.drain()
-        if self._training:
+        if self._group.calls:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
     def scale(self, targets: int) -> None:
@@ -245,12 +316,14 @@ class Job:
 
     def pause(self) -> int:
         """Grant no further step; returns the last one that is granted. Full buffers make the targets idle."""
+        self._is_paused = True
         last_step: int = self._ask_coordinator("pause")
         self._observer.phase("paused")
         return last_step
 
     def continue_(self) -> None:
         """Grant steps again."""
+        self._is_paused = False
         self._ask_coordinator("go_on")
         self._observer.phase("training")
 
@@ -258,7 +331,7 @@ class Job:
         """Measure the trained drafter and sum up."""
         self._observer.look()
         ledger, progress = self._ask_coordinator("finish"), self._observer.progress()
-        result, buffer = self._results[0], self._table.info()
+        result, buffer = self._group.results[0], self._table.info()
         newest = latest_checkpoint(self._output.path)
         if newest is None:
             raise SlipstreamError(
@@ -274,7 +347,7 @@ class Job:
             run_id=self._output.run_id,
             output_dir=str(self._output.path),
             steps=result.steps,
-            resumed_from_step=checkpoint_step(self._resume) if self._resume else None,
+            resumed_from_step=self._began_at_step,
             final_loss=result.final_loss,
             accepted_length_start=start.accepted_length if start else None,
             accepted_length_start_interval=start.interval if start else None,
@@ -283,7 +356,7 @@ class Job:
             lossless=end.lossless if end else None,
             tokens_trained=progress.tokens_trained,
             tokens_captured=progress.tokens_captured,
-            peak_buffer_bytes=max(buffer.peak_bytes, self._output.earlier_peak_bytes()),
+            peak_buffer_bytes=max(buffer.peak_bytes, self._observer.peak_bytes, self._output.earlier_peak_bytes()),
             buffer_capacity_bytes=buffer.capacity_bytes,
             cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
             trainer_wait_fraction=result.wait_fraction,
@@ -305,7 +378,7 @@ class Job:
             attempt=self._output.attempt,
             target_model=recipe.target.model,
             algorithm=recipe.drafter.algorithm,
-            step=checkpoint_step(self._resume) if self._resume else 0,
+            step=self._began_at_step or 0,
             total_steps=recipe.trainer.max_steps or 0,
             capacity_bytes=int(recipe.replay.capacity),
             num_targets_wanted=recipe.target.replicas,
@@ -318,6 +391,9 @@ class Job:
 
     def _report(self, event: Event) -> None:
         self._observer.report(event)
+
+    def _say(self, kind: str, message: str) -> None:
+        self._report(Event(time_s=time.time(), kind=kind, message=message))
 
     def _write_run(self) -> None:
         recipe, trainer = self._recipe, self._recipe.trainer
@@ -348,12 +424,40 @@ class Job:
             message = f"{type(error).__name__}: {message.rstrip().rpartition(chr(10))[2]}"
         self._journal.write("end", outcome=outcome, message=message)
 
-    def _start(self, cls: type, *args: Any, **options: Any) -> Any:
+    def _start(self, cls: type, *args: Any, **options: Any) -> Part:
         part = start_part(cls, *args, **options)
         self._parts.append(part)
-        return part.actor
+        return part
 
-    def _start_coordinator(self) -> Any:
+    def _drop(self, part: Part) -> None:
+        ray.kill(part.actor)
+        self._parts.remove(part)
+
+    def _start_shard(self) -> Part:
+        return self._start(
+            ReplayShard,
+            *self._where,
+            self._recipe.replay,
+            self._prepared.signature,
+            self._output.answers,
+            self._listening.credentials.for_client(),
+            max_concurrency=4,
+            log=self._output.log_place("shard"),
+            scheduling_strategy=on_this_node(),  # beside the embedded Redis
+        )
+
+    def _start_coordinator(self, generation: int) -> Part:
+        world_size = self._recipe.trainer.world_size
+        return self._start(
+            Coordinator,
+            *self._coordinator_arguments(generation, joins=False),
+            # Every rank may wait for a lease and give its account while the driver asks and attends.
+            max_concurrency=3 * world_size + 6,
+            max_restarts=-1,
+            log=self._output.log_place("coordinator"),
+        )
+
+    def _coordinator_arguments(self, generation: int, *, joins: bool) -> tuple[Any, ...]:
         recipe, trainer = self._recipe, self._recipe.trainer
         settings = CoordinatorSettings(
             reuse=recipe.replay.reuse,
@@ -367,35 +471,35 @@ class Job:
             lookahead_captures=LOOKAHEAD * recipe.replay.pulls,
             capture_log=str(self._output.capture_log),
             answers=str(self._output.answers),
-            ledger=str(self._resume / "ledger.jsonl") if self._resume else None,
-            generation=self._output.attempt,
+            lives=str(self._output.lives),
+            ledger=self._ledger_path(),
+            generation=generation,
+            joins=joins,
+            is_paused=self._is_paused,
+            is_stopped=self._is_stopping,
         )
-        concurrency = 2 * trainer.world_size + 4  # every rank may wait for a lease while the driver asks
-        model = str(self._prepared.target_folder)
-        return self._start(
-            Coordinator,
-            recipe.prompts,
-            model,
-            *self._where,
-            settings,
-            max_concurrency=concurrency,
-            log=self._output.log_place("coordinator"),
-        )
+        return recipe.prompts, str(self._prepared.target_folder), *self._where, settings
 
-    def _start_rank(self, rank: int) -> Any:
-        trainer = self._recipe.trainer
+    def _ledger_path(self) -> str | None:
+        return str(self._resume / LEDGER) if self._resume else None
+
+    def _start_group(self, generation: int) -> RankGroup:
+        ranks = range(self._recipe.trainer.world_size)
+        return RankGroup([self._start_rank(rank, generation) for rank in ranks], generation)
+
+    def _start_rank(self, rank: int, generation: int) -> Part:
         return self._start(
             TrainerRank,
             rank,
             self._recipe,
             *self._where,
             self._prepared.signature,
-            self._coordinator,
+            self._coordinator.actor,
             str(self._output.path),
             str(self._resume) if self._resume else None,
-            self._output.attempt,
+            generation,
             sys.argv,
-            ask=trainer.ask,
+            ask=self._recipe.trainer.ask,
             log=self._output.log_place("trainer", rank),
         )
 
@@ -417,19 +521,36 @@ class Job:
     def _try_start_evaluation(self) -> None:
         """Have the untrained drafter measured beside the training, which goes on if that fails: `_evaluate` retries."""
         try:
-            self._evaluations.request(self._untrained, self._heldout)
-            self._observer.show_reports(self._evaluations.collect())
+            try:
+                self._evaluations.request(self._untrained, self._heldout)
+                self._observer.show_reports(self._evaluations.collect())
+            except PartDiedError as error:
+                self._forget_evaluator(error)
         except (SlipstreamError, ray.exceptions.RayError) as error:
             self._start_is_due = False
-            message = f"the untrained drafter is measured again at the end: {error}"
-            self._observer.report(Event(time_s=time.time(), kind="evaluation", message=message))
+            self._say("evaluation", f"the untrained drafter is measured again at the end: {error}")
 
     def _evaluate(self, trained: Path) -> None:
         """Have both ends of the training measured, unless they are."""
         self._observer.phase("decoding held-out prompts with the trained drafter")
         self._steering.enter("measuring")
-        self._evaluations.request(self._untrained, self._heldout)
-        self._evaluations.request(trained, self._heldout)
+        while True:
+            self._evaluations.request(self._untrained, self._heldout)
+            self._evaluations.request(trained, self._heldout)
+            try:
+                self._await_reports()
+            except PartDiedError as error:
+                self._forget_evaluator(error)
+            else:
+                return
+
+    def _forget_evaluator(self, cause: PartDiedError) -> None:
+        """The next request starts another one."""
+        self._restarts[EVALUATOR].count(time.monotonic(), cause)
+        self._evaluations.close()
+        self._say("restart", "the evaluator lost its process; what it was measuring is measured again")
+
+    def _await_reports(self) -> None:
         self._evaluations.wait_started(self._steering.look)
         while not self._evaluations.is_idle:
             self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
@@ -437,8 +558,15 @@ class Job:
             self._steering.look()
 
     def _ask_coordinator(self, question: str, *args: Any) -> Any:
-        answer = getattr(self._coordinator, question).remote(*args)
-        return result_of(answer, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+        """Ask the coordinator, and set it up again first if its process was killed."""
+        while True:
+            answer = getattr(self._coordinator.actor, question).remote(*args)
+            try:
+                return result_of(answer, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+            except NotBegunError as error:
+                self._revive_coordinator(PartDiedError(str(error)))
+            except PartDiedError as error:
+                self._revive_coordinator(error)
 
     @staticmethod
     def _end(parts: list[Part]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from services.contracts import SampleLease, TableSignature, Use
+from services.errors import ReplayUnavailableError, TableLostError
 from services.prompts.plan import anchor_seed
-from services.replay.reader import ReplayReader
+from services.replay.reader import CapturedSample, ReplayReader
 from trainer.collate import MicroBatch, collate
 from trainer.recipe import Recipe
 
@@ -26,6 +28,7 @@ class MicroBatchLoader:
         generation: Of the trainer group.
         device: Where micro-batches go.
         dtype: Of the features there.
+        hold: Hears of the leases whose samples are in memory, and says whether they still count.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class MicroBatchLoader:
         generation: int,
         device: torch.device,
         dtype: torch.dtype,
+        hold: Callable[[Sequence[SampleLease]], bool],
     ) -> None:
         self._reader = reader
         self._config = recipe.trainer
@@ -48,6 +52,7 @@ class MicroBatchLoader:
         self._generation = generation
         self._device = device
         self._dtype = dtype
+        self._hold = hold
 
     def load(self, captures: Sequence[int] | None, cancelled: threading.Event) -> MicroBatch:
         """Wait for samples and make a micro-batch of them: fewer than usual, or none, at the end of the plan.
@@ -59,7 +64,7 @@ class MicroBatchLoader:
         Raises:
             DeadlineError: The buffer does not give the samples in time.
         """
-        samples = [self._reader.fetch(lease) for lease in self._lease(captures, cancelled)]
+        samples = self._take(captures, cancelled)
         micro_batch = collate(
             samples,
             [self._seed(sample.lease) for sample in samples],
@@ -71,7 +76,7 @@ class MicroBatchLoader:
     def ack(self, micro_batch: MicroBatch) -> None:
         """End the leases of a micro-batch: the last use of a sample frees its bytes."""
         if micro_batch.leases:
-            self._reader.ack(micro_batch.leases, self._generation)
+            self._reader.ack(micro_batch.leases, self._generation, timeout_s=self._config.wait_s)
 
     def update_priorities(self, micro_batch: MicroBatch, rejections: torch.Tensor) -> None:
         """Have the table know how much of what was drafted for each sample was rejected.
@@ -83,17 +88,20 @@ class MicroBatchLoader:
         if micro_batch.leases:
             captures = [lease.sample.job.capture for lease in micro_batch.leases]
             pairs = zip(captures, rejections.tolist(), strict=True)
-            self._reader.update_priorities({capture: value for capture, value in pairs if not math.isnan(value)})
+            # Samples of a Redis that is gone have no priority any more.
+            with contextlib.suppress(ReplayUnavailableError, TableLostError):
+                self._reader.update_priorities({capture: value for capture, value in pairs if not math.isnan(value)})
 
-    def _lease(self, captures: Sequence[int] | None, cancelled: threading.Event) -> list[SampleLease]:
+    def _take(self, captures: Sequence[int] | None, cancelled: threading.Event) -> list[CapturedSample]:
         if captures is not None and not captures:
             return []  # the plan ended on another rank
-        return self._reader.lease(
+        return self._reader.take(
             rank=self._rank,
             generation=self._generation,
             count=self._config.micro_batch_size,
             lease_s=self._lease_s,
             timeout_s=self._config.wait_s,
+            hold=self._hold,
             captures=captures,
             cancelled=cancelled,
         )

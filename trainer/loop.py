@@ -36,6 +36,10 @@ class CoordinatorSide(Protocol):
         """The ledger after a step, as JSON lines."""
         ...
 
+    def saved(self, step: int) -> None:
+        """The checkpoint of a step is visible."""
+        ...
+
 
 @dataclass
 class TrainingLoop:
@@ -113,6 +117,7 @@ class TrainingLoop:
 
     def _write_checkpoint(self, step: int) -> None:
         self.checkpoints.write(self.engine, step, self.coordinator.ledger_at, self.figures.last_losses)
+        self.coordinator.saved(step)
         logger.info("the checkpoint of step %d is written", step)
 
     def _finish_step(self, step: int, tally: StepTally, step_s: float) -> None:

@@ -9,17 +9,20 @@ from typing import Any
 
 from evaluation.report import Report
 from services.contracts import Event, TargetState
+from services.errors import ReplayUnavailableError, TableLostError
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
 from services.running_means import RunningMeans
 from services.telemetry import Journal, TelemetryReader
 from trainer.checkpoint import checkpoint_step
-from trainer.cluster import ANSWER_DEADLINE_S, result_of
 from trainer.console import RunConsole, RunState
 from trainer.rate import WindowedRate
 
 FIGURES_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
+
+REDIS_AWAY_S = 60.0
+"""How long Redis, or the table in it, may be away; both are brought back within seconds."""
 
 RATE_WINDOW_S = 10.0
 """Tokens a second are counted over so long."""
@@ -33,7 +36,7 @@ class Observer:
         journal: Takes every record, those of the ranks and those made here (`services.telemetry` lists the kinds).
         telemetry: The ranks' and shards' records.
         table: The run's table, for its bytes.
-        coordinator: Its actor, for the ledger's figures.
+        progress: The coordinator's figures of now.
         targets: What each target does now.
         started_s: Wall-clock time at which the user's command began.
     """
@@ -44,7 +47,7 @@ class Observer:
         journal: Journal,
         telemetry: TelemetryReader,
         table: RedisTable,
-        coordinator: Any,
+        progress: Callable[[], Progress],
         targets: Callable[[], Sequence[TargetState]],
         started_s: float,
     ) -> None:
@@ -56,11 +59,13 @@ class Observer:
         self._journal = journal
         self._telemetry = telemetry
         self._table = table
-        self._coordinator = coordinator
+        self._progress = progress
         self._targets = targets
         self._started_s = started_s
         self._phase = "starting"
-        self._peak_bytes = info.peak_bytes
+        self.peak_bytes = info.peak_bytes
+        """Most bytes of features at once, over all tables that this attempt has had."""
+        self._redis_away_since_s: float | None = None
         self._next_figures_s = 0.0
         self._means = RunningMeans()
         self._capture_rate, self._train_rate = WindowedRate(RATE_WINDOW_S), WindowedRate(RATE_WINDOW_S)
@@ -75,15 +80,22 @@ class Observer:
         """Read what is new and show it.
 
         Raises:
-            ReplayUnavailableError: Redis does not answer.
-            DeadlineError: The coordinator does not.
+            ReplayUnavailableError: Redis has not answered for `REDIS_AWAY_S`.
+            TableLostError: The table has been away for so long.
+            DeadlineError: The coordinator does not answer.
         """
-        self.drain()
         now_s = time.monotonic()
-        if now_s >= self._next_figures_s:
-            self._next_figures_s = now_s + FIGURES_S
-            self._read_figures(now_s)
-            self._write_figures()
+        try:
+            self.drain()
+            if now_s >= self._next_figures_s:
+                self._next_figures_s = now_s + FIGURES_S
+                self._read_figures(now_s)
+                self._write_figures()
+            self._redis_away_since_s = None
+        except (ReplayUnavailableError, TableLostError):
+            self._redis_away_since_s = self._redis_away_since_s or now_s
+            if now_s > self._redis_away_since_s + REDIS_AWAY_S:
+                raise
         self._console.update(self.state)
 
     def beat(self) -> None:
@@ -136,8 +148,7 @@ class Observer:
         Raises:
             DeadlineError: It does not answer.
         """
-        future = self._coordinator.progress.remote()
-        progress: Progress = result_of(future, "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+        progress = self._progress()
         self.state.tokens_captured = progress.tokens_captured
         self.state.tokens_trained = progress.tokens_trained
         return progress
@@ -156,7 +167,7 @@ class Observer:
         self.state.capture_tokens_per_s = self._capture_rate.add(now_s, progress.tokens_captured)
         self.state.train_tokens_per_s = self._train_rate.add(now_s, progress.tokens_trained)
         self.state.resident_bytes = info.resident_bytes
-        self._peak_bytes = info.peak_bytes
+        self.peak_bytes = max(self.peak_bytes, info.peak_bytes)
 
     def _write_figures(self) -> None:
         state = self.state
@@ -168,7 +179,7 @@ class Observer:
             tokens_trained=state.tokens_trained,
             capture_tokens_per_s=state.capture_tokens_per_s,
             resident_bytes=state.resident_bytes,
-            peak_bytes=self._peak_bytes,
+            peak_bytes=self.peak_bytes,
             capacity_bytes=state.capacity_bytes,
             targets=[target.model_dump(mode="json") for target in self._targets()],
         )

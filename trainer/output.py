@@ -1,6 +1,7 @@
 """The output directory of a run: who owns it, what run it holds, where its files are.
 
-run.json            id and identity of the run
+run.json            id and identity of the run, number of its attempts and of its trainer groups
+lives               how often a coordinator of the run began
 recipe.yaml         the recipe as the last attempt resolved it
 step_<N>/           checkpoints, step_latest points to the newest
 captures.jsonl      every capture ever committed (the ledger's second log)
@@ -40,7 +41,7 @@ class OutputDir:
     Attributes:
         path: The directory.
         run_id: The run in it.
-        attempt: How many times this run has been started; the generation of its trainer group.
+        attempt: How many times this run has been started.
     """
 
     path: Path
@@ -51,6 +52,11 @@ class OutputDir:
     def capture_log(self) -> Path:
         """Append-only log of committed captures."""
         return self.path / "captures.jsonl"
+
+    @property
+    def lives(self) -> Path:
+        """How often a coordinator of this run began."""
+        return self.path / "lives"
 
     @property
     def answers(self) -> Path:
@@ -80,6 +86,14 @@ class OutputDir:
     def summary(self) -> Path:
         """What the last attempt ended with."""
         return self.path / "summary.json"
+
+    def next_generation(self) -> int:
+        """The number of a new trainer group, above those of all groups that this run ever had."""
+        saved = _read_record(self.path / RECORD)
+        saved["generation"] += 1
+        _write_record(self.path / RECORD, saved)
+        generation: int = saved["generation"]
+        return generation
 
     def earlier_peak_bytes(self) -> int:
         """Peak of the replay buffer in earlier attempts, as far as they came to an end."""
@@ -122,7 +136,7 @@ def claim_output_dir(recipe: Recipe) -> Iterator[OutputDir]:
 def _enter_run(path: Path, recipe: Recipe) -> tuple[str, int]:
     """Check that the directory is new or this recipe's; returns the run's id and the number of this attempt."""
     record = path / RECORD
-    attempt = 1
+    attempt, generation = 1, 0
     if record.exists():
         saved = _read_record(record)
         changed = sorted(_differences(saved["identity"], recipe.identity()))
@@ -131,14 +145,19 @@ def _enter_run(path: Path, recipe: Recipe) -> tuple[str, int]:
                 f"output_dir {path} holds another run ({saved['run_id']}): {', '.join(changed)} differ. "
                 "Choose another --output-dir, or use the recipe.yaml saved in it to go on with that run"
             )
-        run_id, attempt = saved["run_id"], saved["attempt"] + 1
+        run_id, attempt, generation = saved["run_id"], saved["attempt"] + 1, saved["generation"]
     else:
         _refuse_foreign(path)
         run_id = f"{recipe.name}-{secrets.token_hex(3)}"
-    content = {"run_id": run_id, "attempt": attempt, "identity": recipe.identity()}
-    replace_text(record, json.dumps(content, indent=2) + "\n")
+    _write_record(
+        record, {"run_id": run_id, "attempt": attempt, "generation": generation, "identity": recipe.identity()}
+    )
     replace_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return run_id, attempt
+
+
+def _write_record(record: Path, content: dict[str, Any]) -> None:
+    replace_text(record, json.dumps(content, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -156,7 +175,7 @@ def _refuse_foreign(path: Path) -> None:
 def _read_record(record: Path) -> dict[str, Any]:
     try:
         saved = json.loads(record.read_text())
-        return {key: saved[key] for key in ("run_id", "attempt", "identity")}
+        return {key: saved[key] for key in ("run_id", "attempt", "generation", "identity")}
     except (ValueError, KeyError, TypeError) as error:
         raise OutputDirError(f"{record} is no record of a slipstream run; choose another --output-dir") from error
 

@@ -2,90 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from services.contracts import StepLease, StepReport, TableSignature
-from services.errors import DeadlineError
+from services.contracts import TableSignature
 from services.memory import keep_freed_memory
-from trainer.cluster import ANSWER_DEADLINE_S, result_of
+from trainer.coordinator_client import CoordinatorClient
 from trainer.figures import TrainResult
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
-
-LEASE_DEADLINE_S = 600.0
-"""How long the coordinator may take to grant a step: it may have to tokenise a long run of unusable prompts."""
-
-LEDGER_DEADLINE_S = 120.0
-"""How long the coordinator may wait for the other ranks' reports of a step that is already done."""
-
-
-class CoordinatorClient:
-    """The coordinator as a rank sees it.
-
-    Args:
-        actor: Handle of the coordinator's actor.
-        generation: Of this trainer group; requests of an older one are refused.
-    """
-
-    def __init__(self, actor: Any, generation: int) -> None:
-        self._actor = actor
-        self._generation = generation
-        self._reports: list[Any] = []
-
-    def step_lease(self, step: int) -> StepLease:
-        """What to do in a step; the same for every rank.
-
-        Raises:
-            DeadlineError: The coordinator does not answer.
-            PausedError: The run is paused: ask again.
-            StaleGenerationError: A newer trainer group has taken over.
-        """
-        deadline_s = time.monotonic() + LEASE_DEADLINE_S
-        while True:
-            try:
-                lease: StepLease = self._ask(self._actor.step_lease.remote(step, self._generation))
-            except DeadlineError:  # still encoding conversations: ask again
-                if time.monotonic() >= deadline_s:
-                    raise
-            else:
-                return lease
-
-    def report(self, report: StepReport) -> None:
-        """Say that a step is done; does not wait for an answer. Raises what the coordinator said of an earlier one."""
-        self._reports.append(self._actor.step_done.remote(report))
-        answered, self._reports = ray.wait(self._reports, num_returns=len(self._reports), timeout=0)
-        for answer in answered:
-            self._ask(answer)
-
-    def ledger_at(self, step: int) -> str:
-        """The ledger after a step, as JSON lines; waits until every rank has reported it.
-
-        Raises:
-            DeadlineError: A rank's report or the answer does not come.
-        """
-        ledger: str = self._ask(
-            self._actor.ledger_at.remote(step, LEDGER_DEADLINE_S), LEDGER_DEADLINE_S + ANSWER_DEADLINE_S
-        )
-        return ledger
-
-    def planned_uses(self) -> int:
-        """Uses in the plan.
-
-        Raises:
-            DeadlineError: The coordinator does not answer.
-        """
-        planned: int = self._ask(self._actor.progress.remote()).planned
-        return planned
-
-    def _ask(self, answer: Any, deadline_s: float = ANSWER_DEADLINE_S) -> Any:
-        return result_of(answer, "the coordinator", timeout_s=deadline_s)
 
 
 class TrainerRank:
@@ -124,7 +54,7 @@ class TrainerRank:
         self._recipe = recipe
         self._redis = (redis_url, prefix)
         self._signature = signature
-        self._coordinator = CoordinatorClient(coordinator, generation)
+        self._coordinator = CoordinatorClient(coordinator, rank, generation)
         self._output_dir = Path(output_dir)
         self._resume_from = Path(resume_from) if resume_from else None
         self._generation = generation
@@ -154,15 +84,16 @@ class TrainerRank:
         from trainer.training import train
 
         store = self._store or connect_store(store_address, self._recipe.trainer.world_size)
-        return train(
-            store,
-            self._rank,
-            self._recipe,
-            *self._redis,
-            signature=self._signature,
-            coordinator=self._coordinator,
-            output_dir=self._output_dir,
-            resume_from=self._resume_from,
-            generation=self._generation,
-            command=self._command,
-        )
+        with self._coordinator:
+            return train(
+                store,
+                self._rank,
+                self._recipe,
+                *self._redis,
+                signature=self._signature,
+                coordinator=self._coordinator,
+                output_dir=self._output_dir,
+                resume_from=self._resume_from,
+                generation=self._generation,
+                command=self._command,
+            )

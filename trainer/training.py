@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from drafters.build import build_drafter
 from drafters.drafter import Drafter
 from drafters.target_weights import TargetWeightsError, copy_target_embeddings, copy_target_layers
-from services.contracts import TableSignature
+from services.contracts import SampleLease, TableSignature
 from services.errors import TargetError
 from services.models import find_model
 from services.replay.connect import connect
@@ -47,6 +47,10 @@ class CoordinatorLink(LeaseSource, CoordinatorSide, Protocol):
 
     def planned_uses(self) -> int:
         """Uses in the plan."""
+        ...
+
+    def hold(self, leases: Sequence[SampleLease]) -> bool:
+        """Say that samples are in memory; False if they are to be dropped."""
         ...
 
 
@@ -82,7 +86,16 @@ def train(
     device, dtype = training_device(config), DTYPES[config.precision]
     done_steps = checkpoint_step(resume_from) if resume_from else 0
     reader = ReplayReader(redis_url, prefix, signature)
-    loader = MicroBatchLoader(reader, recipe, signature, rank=rank, generation=generation, device=device, dtype=dtype)
+    loader = MicroBatchLoader(
+        reader,
+        recipe,
+        signature,
+        rank=rank,
+        generation=generation,
+        device=device,
+        dtype=dtype,
+        hold=coordinator.hold,
+    )
     checkpoints = CheckpointWriter(output_dir, recipe, rank, command)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(reader))

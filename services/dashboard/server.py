@@ -14,6 +14,7 @@ import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -120,14 +121,13 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
-    access = Access(arguments.host)
+    file = arguments.output_dir / PUBLISHED
     try:
-        listener = listen(access, arguments.port)
+        access, listener = _take_over(file, arguments.host) or _begin(arguments.host, arguments.port)
     except SlipstreamError as error:
         _tell({"error": str(error)})
         return 1
     place = published(access, listener)
-    file = arguments.output_dir / PUBLISHED
     _publish(file, place)
     _tell(asdict(place))
     try:
@@ -141,6 +141,21 @@ def main() -> int:
     finally:
         file.unlink(missing_ok=True)
     return 0
+
+
+def _begin(host: str, port: int) -> tuple[Access, socket.socket]:
+    access = Access(host)
+    return access, listen(access, port)
+
+
+def _take_over(file: Path, host: str) -> tuple[Access, socket.socket] | None:
+    """The place of a dashboard that was killed, for open pages to find it again; None if there is none, or it is taken."""
+    try:
+        before = Published(**json.loads(file.read_text()))
+        access = Access(host, token=before.token)
+        return access, listen(access, urlsplit(before.url).port or 0)
+    except (FileNotFoundError, ValueError, TypeError, SlipstreamError):
+        return None
 
 
 def _publish(file: Path, place: Published) -> None:

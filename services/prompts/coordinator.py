@@ -2,6 +2,16 @@
 
 One feeder thread drains the table's outcomes, encodes conversations and pushes captures; the calls of ranks and driver
 come in on other threads. All state is in `Schedule`, `Ledger` and `CaptureLog`, behind one condition.
+
+The schedule is made anew, over an empty table, whenever what it knew is no longer so:
+
+    a new trainer group begins      `begin_group`: from the ledger of its checkpoint
+    Redis restarted empty           from the ledger as it is, and the ranks' accounts
+    this process was killed         from the newest checkpoint's ledger, and the ranks' accounts
+
+Until every rank has given its account (`wanted`, `join`) no step is granted and no capture asked for. A life of the
+coordinator is the time between two such moments; attempts of a life are numbered above those of all earlier ones, so
+whatever was under way before can never be taken for what is asked for now.
 """
 
 from __future__ import annotations
@@ -9,16 +19,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from services.answers import AnswerBook
-from services.contracts import Outcome, StepLease, StepReport
+from services.contracts import Outcome, RankAccount, StepLease, StepReport
 from services.errors import (
     CheckpointError,
     DeadlineError,
     PausedError,
     PromptError,
     ReplayError,
+    ReplayUnavailableError,
     StaleGenerationError,
     TableLostError,
 )
@@ -28,6 +40,7 @@ from services.prompts.chat import ChatEncoder, UnusablePromptError
 from services.prompts.config import PromptsConfig
 from services.prompts.intake import Intake, OwnAnswers, first_turns
 from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit
+from services.prompts.lives import ATTEMPTS_A_LIFE, count_life
 from services.prompts.plan import Plan
 from services.prompts.records import CoordinatorSettings, Progress
 from services.prompts.scheduling import ALREADY_RESIDENT, Schedule
@@ -53,8 +66,15 @@ LEASE_WAIT_S = 1.0
 FEEDER_DEADLINE_S = 30.0
 """Longest wait for the feeder to end: one answer of Redis and one round of encoding."""
 
+REDIS_AWAY_S = 60.0
+"""How long Redis, or the table in it, may be away; its supervisor and the shard bring both back within seconds."""
+
 NAMED_LINES = 5
 """Rejected lines that `progress` quotes."""
+
+REDIS_EMPTY = "Redis restarted empty"
+COORDINATOR_RESTARTED = "the coordinator was restarted"
+GROUP_BEGAN = "the trainer group began again after step {step}"
 
 
 class Coordinator:
@@ -97,8 +117,8 @@ class Coordinator:
             own_answers = OwnAnswers(AnswerBook(Path(settings.answers)), stop_token_ids)
         self._intake = Intake(conversations, self._encoder, prompts, settings.last_rows, own_answers)
         self._plan = Plan(len(conversations.items), prompts.epochs, settings.reuse, prompts.seed)
-        self._ledger = _open_ledger(self._plan, conversations, settings.ledger)
-        self._schedule = Schedule(self._ledger, settings)
+        self._header = _header(self._plan, conversations)
+        self._ledger = _open_ledger(self._header, settings.ledger)
         client = connect(redis_url)
         self._table = RedisTable(client, prefix)
         self._queue = WorkQueue(client, prefix)
@@ -108,10 +128,22 @@ class Coordinator:
         self._heldout: Conversations | None = None
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None
-        self._sealed = False
-        self._incarnation = self._table.incarnation()
         self._changed = threading.Condition()
+        self._feeding = threading.Lock()
+        """Held while the feeder takes a turn, and by whoever makes the schedule anew."""
         self._closing = threading.Event()
+        self._schedule: Schedule | None = None
+        self._accounts: dict[int, RankAccount] = {}
+        self._late_reports: list[StepReport] = []
+        self._why_lost: str | None = None
+        """Why there is no schedule, while there is none."""
+        self._away_since_s: float | None = None
+        self._incarnation: str | None = self._table.incarnation()
+        if settings.joins:
+            self._lose_schedule(COORDINATOR_RESTARTED)
+        else:
+            with self._changed:
+                self._begin_life()
         self._feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
         self._feeder.start()
         logger.info(
@@ -125,7 +157,8 @@ class Coordinator:
         """Grant an optimizer step, counted from 1; the same step again gives the same lease.
 
         Raises:
-            DeadlineError: Too few conversations are encoded after `LEASE_WAIT_S`: ask again.
+            DeadlineError: Too few conversations are encoded after `LEASE_WAIT_S`, or the accounts of the ranks are
+                not all there: ask again.
             PausedError: The run is still paused after `LEASE_WAIT_S`: ask again.
             StaleGenerationError: Another trainer group is the current one.
             ReplayError: The step is not the next one.
@@ -135,19 +168,72 @@ class Coordinator:
         with self._changed:
             while True:
                 self._raise_error()
-                lease = self._schedule.grant(step, generation)
+                self._check_generation(generation)
+                lease = self._schedule.grant(step, generation) if self._schedule else None
                 if lease is not None:
                     self._changed.notify_all()
                     return lease
                 left_s = deadline_s - time.monotonic()
-                if left_s <= 0 and self._schedule.is_paused:
+                if left_s <= 0 and self._settings.is_paused:
                     raise PausedError(f"step {step} is not granted: the run is paused")
                 if left_s <= 0:
-                    raise DeadlineError(
-                        f"step {step}: fewer than {self._settings.uses_per_step} uses are encoded after "
-                        f"{LEASE_WAIT_S:g} s; ask again"
-                    )
+                    raise DeadlineError(f"step {step}: {self._waits_for()} after {LEASE_WAIT_S:g} s; ask again")
                 self._changed.wait(left_s)
+
+    def wanted(self, rank: int, generation: int) -> str | None:
+        """Whether this rank's account is wanted: then the incarnation of the table that its leases must be of now.
+
+        Raises:
+            StaleGenerationError: Another trainer group is the current one.
+        """
+        with self._changed:
+            self._raise_error()
+            self._check_generation(generation)
+            is_wanted = self._schedule is None and rank not in self._accounts
+            return self._incarnation if is_wanted else None
+
+    def join(self, account: RankAccount) -> None:
+        """Take a rank's account; once all ranks have given theirs, steps are granted and captures made again.
+
+        An account that was asked for under an earlier incarnation of the table is passed over: it is wanted anew.
+
+        Raises:
+            StaleGenerationError: The account comes from another trainer group.
+        """
+        with self._changed:
+            self._check_generation(account.generation)
+            if self._schedule is None and account.incarnation == self._incarnation:
+                self._accounts[account.rank] = account
+
+    def begin_group(self, generation: int, ledger: str | None) -> None:
+        """Grant steps to a new trainer group, from the ledger of the checkpoint that it begins from.
+
+        Args:
+            generation: Of the new group, above all before.
+            ledger: Path of the ledger; None begins at step 0.
+
+        Raises:
+            CheckpointError: The ledger is broken, or of another plan.
+            StaleGenerationError: The table has a newer generation.
+            ReplayUnavailableError: Redis does not answer.
+            TableLostError: The table is not there; try again, the shard makes it.
+        """
+        new_ledger = _open_ledger(self._header, ledger)
+        with self._feeding, self._changed:
+            if not self._feeder.is_alive():
+                self._raise_error()
+            self._settings = self._settings.model_copy(
+                update={"generation": generation, "ledger": ledger, "joins": False}
+            )
+            self._ledger = new_ledger
+            self._error = None
+            self._lose_schedule(GROUP_BEGAN.format(step=new_ledger.last_step))
+            self._clear()
+            self._begin_life()
+
+    def attend(self) -> None:
+        """Return once the coordinator ends; whoever waits for this learns at once that its process was killed."""
+        self._closing.wait()
 
     def step_done(self, report: StepReport) -> None:
         """Take a rank's report of a finished step; the same report again changes nothing.
@@ -157,10 +243,12 @@ class Coordinator:
             ReplayError: It contradicts what was granted or reported.
         """
         with self._changed:
+            self._check_generation(report.generation)
+            if self._schedule is None:
+                self._late_reports.append(report)
+                return
             try:
                 self._schedule.report(report)
-            except StaleGenerationError:
-                raise
             except ReplayError as error:  # ranks do not wait for this answer: the next one they wait for says it too
                 self._error = self._error or error
                 raise
@@ -206,9 +294,9 @@ class Coordinator:
                 tokens_trained=self._ledger.num_tokens_trained,
                 distinct_tokens=self._log.num_distinct_tokens,
                 steps_done=self._ledger.last_step,
-                steps_granted=self._schedule.steps_granted,
-                ended=self._schedule.ended,
-                last_failure=self._schedule.last_failure,
+                steps_granted=self._schedule.steps_granted if self._schedule else self._ledger.last_step,
+                ended=self._schedule.ended if self._schedule else None,
+                last_failure=self._schedule.last_failure if self._schedule else None,
             )
 
     def pause(self) -> int:
@@ -216,21 +304,33 @@ class Coordinator:
 
         Returns:
             The last step that is granted; the ranks still train it.
+
+        Raises:
+            DeadlineError: The ranks' accounts are not all there: which step is the last is not known yet. Ask again.
         """
         with self._changed:
+            self._settings = self._settings.model_copy(update={"is_paused": True})
+            if not self._changed.wait_for(lambda: self._error or self._schedule, LEASE_WAIT_S):
+                raise DeadlineError(f"the run pauses, but {self._waits_for()}; ask again")
+            self._raise_error()
+            assert self._schedule is not None
             self._schedule.is_paused = True
             return self._schedule.steps_granted
 
     def go_on(self) -> None:
         """Grant steps again."""
         with self._changed:
-            self._schedule.is_paused = False
+            self._settings = self._settings.model_copy(update={"is_paused": False})
+            if self._schedule:
+                self._schedule.is_paused = False
             self._changed.notify_all()
 
     def stop_granting(self) -> None:
         """Let the ranks finish what is granted; the next step is `END`."""
         with self._changed:
-            self._schedule.stop()
+            self._settings = self._settings.model_copy(update={"is_stopped": True})
+            if self._schedule:
+                self._schedule.stop()
             self._changed.notify_all()
 
     def heldout_prompts(self, count: int) -> list[list[int]]:
@@ -273,20 +373,80 @@ class Coordinator:
     def _feed(self) -> None:
         try:
             while not self._closing.is_set():
-                if not self._turn():
+                with self._feeding:
+                    was_busy = self._feed_once()
+                if not was_busy:
                     self._closing.wait(FEED_PERIOD_S)
         except Exception as error:  # whoever calls next gets it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
+    def _feed_once(self) -> bool:
+        """Feed the queue, or do what can be done now so that it can be fed again; whether there was anything to do.
+
+        Raises:
+            ReplayUnavailableError: Redis has been away for too long.
+            TableLostError: The table has.
+        """
+        try:
+            incarnation = self._table.incarnation()
+            if incarnation is None or incarnation != self._incarnation:
+                with self._changed:
+                    self._lose_schedule(REDIS_EMPTY)
+                    self._clear()
+            self._away_since_s = None
+            with self._changed:
+                if self._schedule is None and len(self._accounts) == self._settings.world_size:
+                    self._begin_life()
+            return self._schedule is not None and self._turn()
+        except (ReplayUnavailableError, TableLostError):
+            now_s = time.monotonic()
+            self._away_since_s = self._away_since_s or now_s
+            if now_s > self._away_since_s + REDIS_AWAY_S:
+                raise
+            with self._changed:  # what was on its way to Redis may have got lost
+                self._lose_schedule(REDIS_EMPTY)
+            return False
+
+    def _lose_schedule(self, why: str) -> None:
+        """What the schedule says is no longer so; again: nothing happens."""
+        if self._why_lost is None:
+            logger.warning("captures are planned anew: %s", why)
+            self._why_lost = why
+        self._schedule, self._incarnation = None, None
+        self._accounts.clear()
+
+    def _clear(self) -> None:
+        """Empty the table and the queue; what was captured and not yet logged is logged."""
+        cleared = self._table.clear(self._settings.generation)
+        self._log_without_schedule(cleared.outcomes)
+        self._incarnation = cleared.incarnation
+
+    def _begin_life(self) -> None:
+        """Make the schedule anew over an empty table, from the ledger and the ranks' accounts."""
+        settings, accounts = self._settings, [self._accounts[rank] for rank in sorted(self._accounts)]
+        for account in accounts:
+            for note in account.samples:  # read by a rank, and then lost before the coordinator heard of it
+                if not self._log.has(note.capture, note.attempt):
+                    self._log.append(**note.model_dump(), why_again=self._why_lost or "")
+        self._log.flush()
+        self._first_attempt = count_life(Path(settings.lives)) * ATTEMPTS_A_LIFE
+        schedule = Schedule(self._ledger, settings, accounts, self._why_lost)
+        schedule.is_paused = settings.is_paused
+        if settings.is_stopped:
+            schedule.stop()
+        late, self._late_reports = self._late_reports, []
+        for report in late:
+            if report.generation == settings.generation:
+                schedule.report(report)
+        self._sealed = False
+        self._why_lost, self._schedule = None, schedule
+        self._changed.notify_all()
+
     def _turn(self) -> bool:
         """One look at outcomes, queue and prompts; returns whether there was anything to do."""
-        if self._table.incarnation() != self._incarnation:
-            raise TableLostError(
-                "Redis restarted empty: the captures that it held or had still to make are lost. Run the same command "
-                "again: it continues from the last checkpoint."
-            )
+        assert self._schedule is not None
         with self._changed:
             num_drained = self._drain()
             jobs = self._schedule.take_pushable(self._settings.lookahead_captures - self._queue.size())
@@ -303,12 +463,13 @@ class Coordinator:
         return bool(num_drained or jobs or num_encoded)
 
     def _encode_next(self) -> bool:
+        assert self._schedule is not None
         with self._changed:
             capture = self._schedule.next_to_encode()
             if capture is None:
                 self._changed.notify_all()  # the plan may just have run out
                 return False
-            attempt = self._schedule.attempt(capture, at_least=self._log.next_attempt(capture))
+            attempt = self._schedule.attempt(capture, at_least=self._first_attempt)
             ks = self._schedule.remaining_ks(capture)
         prompt, epoch = self._plan.capture(capture)
         reuse = self._plan.reuse
@@ -333,6 +494,9 @@ class Coordinator:
 
     def _drain(self) -> int:
         outcomes = self._table.drain_outcomes()
+        if self._schedule is None:
+            self._log_without_schedule(outcomes)
+            return len(outcomes)
         for outcome in outcomes:
             committed = self._schedule.on_outcome(outcome)
             if committed is not None:
@@ -340,6 +504,12 @@ class Coordinator:
         if outcomes:
             self._log.flush()
         return len(outcomes)
+
+    def _log_without_schedule(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.kind == "committed":
+                self._append(outcome, self._why_lost or "")
+        self._log.flush()
 
     def _append(self, outcome: Outcome, why_again: str) -> None:
         was_made_before = self._log.next_attempt(outcome.capture) > 0
@@ -349,19 +519,36 @@ class Coordinator:
         prompt, _ = self._plan.capture(outcome.capture)
         self._log.append(outcome.capture, prompt, outcome.attempt, outcome.num_tokens, outcome.num_bytes, why_again)
 
+    def _waits_for(self) -> str:
+        """What a step waits for, in words."""
+        if self._schedule is not None:
+            return f"fewer than {self._settings.uses_per_step} uses are encoded"
+        missing = [str(rank) for rank in range(self._settings.world_size) if rank not in self._accounts]
+        return f"the coordinator begins anew and waits for the accounts of rank {', '.join(missing) or '(none)'}"
+
+    def _check_generation(self, generation: int) -> None:
+        if generation != self._settings.generation:
+            raise StaleGenerationError(
+                f"generation {generation} is not the current one, {self._settings.generation}: "
+                "this trainer group has been replaced"
+            )
+
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
 
-def _open_ledger(plan: Plan, conversations: Conversations, path: str | None) -> Ledger:
-    header = PlanHeader(
+def _header(plan: Plan, conversations: Conversations) -> PlanHeader:
+    return PlanHeader(
         num_prompts=plan.num_prompts,
         epochs=plan.epochs,
         reuse=plan.reuse,
         seed=plan.seed,
         digest=conversations.digest,
     )
+
+
+def _open_ledger(header: PlanHeader, path: str | None) -> Ledger:
     if path is None:
         return Ledger(header)
     try:

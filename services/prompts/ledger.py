@@ -162,6 +162,14 @@ class Ledger:
         first = capture * self.plan.reuse
         return tuple(k for k in range(self.plan.reuse) if self._state[first + k] == OPEN)
 
+    def is_open(self, use: int) -> bool:
+        """Whether a use is neither trained nor skipped."""
+        return self._state[use] == OPEN
+
+    def has_trained(self, uses: Sequence[int]) -> bool:
+        """Whether all these uses are trained."""
+        return all(0 <= use < len(self._state) and self._state[use] == TRAINED for use in uses)
+
     def open_uses(self) -> list[int]:
         """All open uses."""
         return [use for use, state in enumerate(self._state) if state == OPEN]

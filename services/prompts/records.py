@@ -23,8 +23,12 @@ class CoordinatorSettings(Record):
         lookahead_captures: Bound of the work queue.
         capture_log: Path of the append-only log of captures; it outlives crashes.
         answers: Path of the target's own answers, which the shard writes.
+        lives: Path of a file that counts how often a coordinator of this run began.
         ledger: Path of the ledger in the checkpoint that the run resumes from; None begins at step 0.
         generation: The trainer group that leases are granted to.
+        joins: Whether the ranks are at work already: then nothing is granted until each has given its account.
+        is_paused: Whether to grant nothing until `go_on`.
+        is_stopped: Whether to grant nothing any more.
     """
 
     reuse: int
@@ -38,8 +42,12 @@ class CoordinatorSettings(Record):
     lookahead_captures: int
     capture_log: str
     answers: str
+    lives: str
     ledger: str | None
     generation: int
+    joins: bool = False
+    is_paused: bool = False
+    is_stopped: bool = False
 
     @property
     def uses_per_round(self) -> int:

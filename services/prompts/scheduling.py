@@ -12,6 +12,10 @@ pushed ahead of grants too, as far as the work queue and the buffer have room.
     good     uses of encoded captures that have not failed for good
     granted  uses that granted steps will train, at most good
 
+A schedule can begin beside ranks that are in the middle of their work: because the coordinator lost its process or the
+buffer all it held. Then the accounts of the ranks say what was granted and reported, and which uses they hold; those
+are good from the start and never captured again, and everything else goes through the states above anew.
+
 A full step is granted while good − granted ≥ uses per step. In ready order (not deterministic) a step takes whatever is
 ready: if a capture fails for good after its step was granted, the next capture fills its place, and at the very end
 the trainer pads.
@@ -20,9 +24,10 @@ the trainer pads.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from services.contracts import CaptureJob, Outcome, StepLease, StepReport
+from services.contracts import CaptureJob, Outcome, RankAccount, StepLease, StepReport
 from services.errors import PromptError, ReplayError, StaleGenerationError
 from services.prompts.ledger import Ledger, StepLine
 from services.prompts.records import CoordinatorSettings
@@ -62,16 +67,31 @@ class Schedule:
         is_paused: While true, no further step is granted; `grant` then answers None.
     """
 
-    def __init__(self, ledger: Ledger, settings: CoordinatorSettings) -> None:
-        """Begin after the ledger's last step; everything that it does not have as trained or skipped goes (again)."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: CoordinatorSettings,
+        accounts: Sequence[RankAccount] = (),
+        why_again: str | None = None,
+    ) -> None:
+        """Begin after the ledger's last step; everything that it does not have as trained or skipped goes (again).
+
+        Args:
+            ledger: Steps that the accounts report are added to it.
+            settings: How the prompts are used.
+            accounts: One of each rank that is at work; none where the ranks begin as well.
+            why_again: Goes into the capture log with each capture that was made before.
+
+        Raises:
+            ReplayError: The accounts do not reach back to the ledger, or contradict it.
+        """
         assert not (settings.deterministic and settings.reuse > 1), "no recipe has both"
         self.ended: str | None = None
         self.last_failure: str | None = None
         self.is_paused = False
         self._ledger = ledger
         self._settings = settings
-        self._first_step = ledger.last_step + 1
-        self._why_again = (
+        self._why_again = why_again or (
             f"not trained at step {ledger.last_step}, where the run resumed"
             if ledger.last_step
             else "not trained when the run began again"
@@ -93,6 +113,37 @@ class Schedule:
         self._last_granted = ledger.last_step
         self._leases: dict[int, StepLease] = {}
         self._reports: dict[int, dict[int, StepReport]] = {}
+        self._taken: frozenset[int] = frozenset()
+        """Uses that the ranks held or had reported when this schedule began beside them: counted as good then."""
+        self._take_over(accounts)
+        self._first_step = ledger.last_step + 1
+
+    def _take_over(self, accounts: Sequence[RankAccount]) -> None:
+        for account in accounts:
+            steps = [report.step for report in account.reports if report.step > self._ledger.last_step]
+            if steps and steps[0] != self._ledger.last_step + 1:
+                raise ReplayError(
+                    f"the account of rank {account.rank} begins at step {steps[0]}, the ledger ends at step "
+                    f"{self._ledger.last_step}: the steps between are not known"
+                )
+        for account in accounts:
+            for report in account.reports:
+                if report.step > self._ledger.last_step:
+                    self._reports.setdefault(report.step, {})[account.rank] = report
+        self._finish_steps()
+        for lease in (lease for account in accounts for lease in account.leases):
+            if lease.is_end:
+                self.ended = lease.end
+            elif lease.step > self._ledger.last_step:
+                self._leases[lease.step] = lease
+        self._last_granted = max([self._ledger.last_step, *self._leases])
+        self._granted_uses = sum(lease.num_uses for lease in self._leases.values())
+        for lease in self._leases.values():
+            self._named.update(dict.fromkeys(_named_captures(lease), lease.step))
+        held = (use for account in accounts for use in account.held if self._ledger.is_open(use))
+        self._taken = frozenset(held) | self._under_way()
+        self._good_uses = self._pushed_uses = len(self._taken)
+        self._settle_tail()
 
     # Captures
 
@@ -103,7 +154,7 @@ class Schedule:
         if not self._wants_more():
             return None
         num_captures = self._ledger.plan.num_captures
-        while self._cursor < num_captures and not self._ledger.open_ks(self._cursor):
+        while self._cursor < num_captures and not self._wanted_ks(self._cursor):
             self._cursor += 1
         if self._cursor == num_captures:
             self._exhausted = True
@@ -116,10 +167,10 @@ class Schedule:
         return max(last + 1, at_least)
 
     def remaining_ks(self, capture: int) -> tuple[int, ...]:
-        """The k of a capture's uses that no finished step and no report has, ascending."""
+        """The k of a capture's uses that no finished step and no report has, and no rank holds, ascending."""
         first = capture * self._ledger.plan.reuse
         under_way = self._under_way()
-        return tuple(k for k in self._ledger.open_ks(capture) if first + k not in under_way)
+        return tuple(k for k in self._wanted_ks(capture) if first + k not in under_way)
 
     def add(self, job: CaptureJob) -> None:
         """The capture of `next_to_encode`, encoded."""
@@ -127,12 +178,12 @@ class Schedule:
             self._retry.popleft()
             _, self._reasons[job.capture] = self._retrying.pop(job.capture)
             self._staged.appendleft(job)
-            self._pushed_uses -= self._num_open(job.capture)
+            self._pushed_uses -= self._num_wanted(job.capture)
             return
         self._cursor += 1
-        self._good_uses += self._num_open(job.capture)
+        self._good_uses += self._num_wanted(job.capture)
         self._staged.append(job)
-        if self._settings.deterministic:
+        if self._settings.deterministic and job.capture not in self._named:
             self._ungranted.append(job.capture)
 
     def skip(self, capture: int, reason: str, detail: str) -> None:
@@ -140,7 +191,7 @@ class Schedule:
         if self._is_retry(capture):
             self._retry.popleft()
             del self._retrying[capture]
-            self._pushed_uses -= self._num_open(capture)
+            self._pushed_uses -= self._num_wanted(capture)
             self._give_up(capture, reason, detail)
             return
         self._cursor += 1
@@ -156,7 +207,7 @@ class Schedule:
         while len(jobs) < room and self._has_pushable():
             job = self._staged.popleft()
             self._in_flight[job.capture] = job.attempt
-            self._pushed_uses += self._num_open(job.capture)
+            self._pushed_uses += self._num_wanted(job.capture)
             jobs.append(job)
         return jobs
 
@@ -193,7 +244,7 @@ class Schedule:
             self._retry.append(capture)
         else:
             tries = f" after {failures} tries" if outcome.retry else ""
-            self._pushed_uses -= self._num_open(capture)
+            self._pushed_uses -= self._num_wanted(capture)
             self._give_up(capture, SKIPPED_FAILED, f"{outcome.reason}{tries}")
             self._given_up_in_a_row += 1
             if self._given_up_in_a_row == MAX_GIVEN_UP_IN_A_ROW:
@@ -233,7 +284,7 @@ class Schedule:
             lease = self._grant_next(step)
             if lease is not None or not self.ended:
                 return lease
-        return StepLease(step=step, num_micro_batches=0)
+        return StepLease(step=step, num_micro_batches=0, end=self.ended)
 
     def check_usable(self) -> None:
         """Raise if nothing of the plan is left to train and nothing was trained.
@@ -259,6 +310,8 @@ class Schedule:
         self._check_generation(report.generation)
         if not 0 <= report.rank < self._settings.world_size:
             raise ReplayError(f"rank {report.rank} is not one of the {self._settings.world_size} ranks")
+        if report.step <= self._ledger.last_step and self._ledger.has_trained(report.uses):
+            return
         if not self._ledger.last_step < report.step <= self._last_granted:
             raise ReplayError(
                 f"rank {report.rank} reports step {report.step}, but only steps {self._ledger.last_step + 1} to "
@@ -313,7 +366,7 @@ class Schedule:
 
     def _lease(self, step: int, num_micro_batches: int, num_uses: int) -> StepLease:
         captures = self._name(num_micro_batches, num_uses, step) if self._settings.deterministic else None
-        lease = StepLease(step=step, num_micro_batches=num_micro_batches, captures=captures)
+        lease = StepLease(step=step, num_micro_batches=num_micro_batches, num_uses=num_uses, captures=captures)
         self._granted_uses += num_uses
         self._last_granted = step
         self._leases[step] = lease
@@ -377,12 +430,17 @@ class Schedule:
 
     def _was_pushed(self, capture: int) -> bool:
         """Whether a capture that is not in flight was pushed before and still has uses to feed."""
-        if capture >= self._cursor or capture in self._retrying or not self._ledger.open_ks(capture):
+        if capture >= self._cursor or capture in self._retrying or not self._wanted_ks(capture):
             return False
         return all(job.capture != capture for job in self._staged)
 
-    def _num_open(self, capture: int) -> int:
-        return len(self._ledger.open_ks(capture))
+    def _wanted_ks(self, capture: int) -> tuple[int, ...]:
+        """The k of a capture's open uses, without those that the ranks held when this schedule began."""
+        first = capture * self._ledger.plan.reuse
+        return tuple(k for k in self._ledger.open_ks(capture) if first + k not in self._taken)
+
+    def _num_wanted(self, capture: int) -> int:
+        return len(self._wanted_ks(capture))
 
     def _give_up(self, capture: int, reason: str, detail: str) -> None:
         """Skip the uses of a capture that was counted as good."""
@@ -394,12 +452,12 @@ class Schedule:
             )
         if self._settings.deterministic:
             self._ungranted.remove(capture)
-        self._good_uses -= self._num_open(capture)
+        self._good_uses -= self._num_wanted(capture)
         self._skip_open(capture, reason, detail)
 
     def _skip_open(self, capture: int, reason: str, detail: str) -> None:
         first = capture * self._ledger.plan.reuse
-        self._ledger.skip([first + k for k in self._ledger.open_ks(capture)], reason, detail)
+        self._ledger.skip([first + k for k in self._wanted_ks(capture)], reason, detail)
 
     def _skipped_text(self) -> str:
         return "; ".join(
@@ -413,3 +471,8 @@ class Schedule:
                 f"generation {generation} is not the current one, {self._settings.generation}: "
                 "this trainer group has been replaced"
             )
+
+
+def _named_captures(lease: StepLease) -> list[int]:
+    """All captures that a lease names."""
+    return [capture for rank in lease.captures or () for micro_batch in rank for capture in micro_batch]

@@ -124,6 +124,53 @@ class ReplayReader:
             elif cancelled.wait(POLL_S):
                 return []
 
+    def take(
+        self,
+        *,
+        rank: int,
+        generation: int,
+        count: int,
+        lease_s: float,
+        timeout_s: float,
+        hold: Callable[[Sequence[SampleLease]], bool],
+        captures: Sequence[int] | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> list[CapturedSample]:
+        """Lease a micro-batch and read it. Samples that are lost with their Redis are passed over for others.
+
+        Args:
+            rank: Who leases.
+            generation: Of the trainer group.
+            count: How many uses.
+            lease_s: The leases end by themselves this much later.
+            timeout_s: Longest wait.
+            hold: Hears of the leases whose samples are in memory, and says whether they still count.
+            captures: Lease exactly these.
+            cancelled: Ends the wait early with an empty list.
+
+        Raises:
+            SlipstreamError: As `lease` and `fetch` do.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            leases = self.lease(
+                rank=rank,
+                generation=generation,
+                count=count,
+                lease_s=lease_s,
+                timeout_s=deadline - time.monotonic(),
+                captures=captures,
+                cancelled=cancelled,
+            )
+            try:
+                samples = [self.fetch(lease) for lease in leases]
+            except (ReplayUnavailableError, TableLostError, UnknownSampleError):
+                if not self._is_lost(leases, deadline):
+                    raise
+            else:
+                if hold(leases):
+                    return samples
+
     def fetch(self, lease: SampleLease) -> CapturedSample:
         """Read a leased sample, chunk by chunk, into new tensors.
 
@@ -166,14 +213,36 @@ class ReplayReader:
             last=last,
         )
 
-    def ack(self, leases: Sequence[SampleLease], generation: int) -> None:
+    def ack(self, leases: Sequence[SampleLease], generation: int, *, timeout_s: float = 0.0) -> None:
         """End leases after the backward pass that used their samples; the last use of a sample frees its bytes.
+
+        Leases of a table that is no more have ended with it.
+
+        Args:
+            leases: From one call of `take`.
+            generation: Of the trainer group.
+            timeout_s: How long to wait for a Redis that does not answer.
 
         Raises:
             StaleGenerationError: The trainer group has been replaced.
             UnknownSampleError: A lease is not held any more. Nothing is changed.
+            ReplayUnavailableError: Redis did not answer in time.
         """
-        self._table.ack(leases, generation, self._clock())
+        deadline = time.monotonic() + timeout_s
+        may_be_acked = False
+        while True:
+            try:
+                self._table.ack(leases, generation, self._clock())
+                return
+            except (TableLostError, UnknownSampleError):
+                if may_be_acked or self._is_lost(leases, deadline):
+                    return
+                raise
+            except ReplayUnavailableError:
+                if time.monotonic() >= deadline:
+                    raise
+                may_be_acked = True  # only the answer may have got lost
+                time.sleep(POLL_S)
 
     def release(self, leases: Sequence[SampleLease], generation: int) -> None:
         """Give back leases whose samples were not used.
@@ -206,6 +275,20 @@ class ReplayReader:
                 f"{self._signature.model_dump_json()}: both must come from the same recipe"
             )
         self._checked = signature is not None
+
+    def _is_lost(self, leases: Sequence[SampleLease], deadline: float) -> bool:
+        """Whether the table that gave these leases is no more; waits until Redis answers.
+
+        Raises:
+            ReplayUnavailableError: It does not up to the deadline.
+        """
+        while True:
+            try:
+                return any(lease.incarnation != self._table.incarnation() for lease in leases)
+            except ReplayUnavailableError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_S)
 
     def _is_exhausted(self) -> bool:
         """Whether nothing is ready and nothing more will come."""

@@ -107,8 +107,12 @@ def too_many_at_once(count: int, largest: int) -> ReplayError:
     )
 
 
-def stale_generation(prefix: str, generation: int, current: int) -> StaleGenerationError:
-    """A trainer group that was replaced."""
+def stale_generation(prefix: str, generation: int, current: int) -> StaleGenerationError | TableLostError:
+    """A trainer group that was replaced, or one that a table made anew does not know yet."""
+    if current < generation:
+        return TableLostError(
+            f"the replay table {prefix!r} is being made anew: it has generation {current}, not yet {generation}"
+        )
     return StaleGenerationError(
         f"generation {generation} is not the current one of the replay table {prefix!r}, "
         f"{current}: this trainer group has been replaced"

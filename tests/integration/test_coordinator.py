@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from services.contracts import CaptureJob, Chunk, LastRows, Outcome, Sample, Ste
 from services.errors import (
     CheckpointError,
     DeadlineError,
+    PausedError,
     PromptError,
     ReplayError,
     ReplayUnavailableError,
-    TableLostError,
+    StaleGenerationError,
 )
 from services.prompts.config import PromptsConfig
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
@@ -32,6 +33,7 @@ from services.replay.connect import connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.table import Admission, RedisTable
 from services.replay.work import WorkQueue
+from trainer.account import Account
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -91,6 +93,7 @@ class Run:
     source: str
     open: list[Coordinator]
     num_answered: int = 0
+    accounts: tuple[Account, Account] = field(default_factory=lambda: (Account(0, 1), Account(1, 1)))
 
     def start(
         self, *, ledger: str | None = None, generation: int = 1, own_answers: bool = False, **changes: Any
@@ -113,12 +116,14 @@ class Run:
             "lookahead_captures": 4,
             "capture_log": str(self.folder / "captures.jsonl"),
             "answers": str(self.folder / "answers.jsonl"),
+            "lives": str(self.folder / "lives"),
             "ledger": ledger,
             "generation": generation,
         } | changes
-        self.table.destroy()
-        self.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=settings["reuse"])
-        self.table.set_generation(generation)
+        if not settings.get("joins"):
+            self.table.destroy()
+            self.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=settings["reuse"])
+            self.table.set_generation(generation)
         coordinator = Coordinator(
             PromptsConfig.model_validate(prompts),
             self.model,
@@ -159,22 +164,33 @@ class Run:
 
     def train_step(self, coordinator: Coordinator, lease: StepLease, *, generation: int = 1) -> list[int]:
         """Capture and train what a step lease grants, on every rank; returns the uses."""
+        reports = self.train_unreported(lease, generation=generation)
+        for report in reports:
+            coordinator.step_done(report)
+        return sorted(use for report in reports for use in report.uses)
+
+    def train_unreported(self, lease: StepLease, *, generation: int = 1) -> list[StepReport]:
+        """Capture and train what a step lease grants; each rank's report is in its account."""
         uses: list[list[int]] = [[], []]
+        for account in self.accounts:
+            account.grant(lease)
         for micro_batch in range(lease.num_micro_batches):
             for rank in range(2):
                 captures = None if lease.captures is None else lease.captures[rank][micro_batch]
                 uses[rank] += self._train(rank, generation, captures)
-        for rank in range(2):
-            coordinator.step_done(
-                StepReport(
-                    step=lease.step,
-                    rank=rank,
-                    generation=generation,
-                    uses=tuple(uses[rank]),
-                    num_tokens=10 * len(uses[rank]),
-                )
-            )
-        return sorted(uses[0] + uses[1])
+        reports = [
+            StepReport(step=lease.step, rank=rank, generation=generation, uses=tuple(done), num_tokens=10 * len(done))
+            for rank, done in enumerate(uses)
+        ]
+        for account, report in zip(self.accounts, reports, strict=True):
+            account.report(report)
+        return reports
+
+    def join(self, coordinator: Coordinator, generation: int = 1) -> None:
+        """Give both ranks' accounts as soon as they are wanted."""
+        wait_until(lambda: coordinator.wanted(1, generation), "the wish for the ranks' accounts")
+        for account in self.accounts:
+            coordinator.join(account.answer(coordinator.wanted(1, generation) or ""))
 
     def _train(self, rank: int, generation: int, captures: tuple[int, ...] | None) -> list[int]:
         deadline_s = time.monotonic() + DEADLINE_S
@@ -185,6 +201,7 @@ class Run:
                 rank=rank, generation=generation, count=1, now_s=time.time(), lease_s=60, captures=captures
             )
             if leases:
+                assert self.accounts[rank].hold(leases)
                 self.table.ack(leases, generation, time.time())
                 return [lease.use for lease in leases]
             if self.capture_one() is None and self.table.info().sealed and self.table.info().num_ready == 0:
@@ -468,14 +485,6 @@ def test_heldout_prompts_end_with_the_generation_prompt(run: Run, model: str):
     assert all(prompt[-len(ending) :] == ending for prompt in prompts)
 
 
-def test_table_that_was_lost_ends_the_run_with_the_way_out(run: Run):
-    coordinator = run.start()
-    run.table.destroy()
-    run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
-    with pytest.raises(TableLostError, match=r"Redis restarted empty.*Run the same command again"):
-        wait_until(lambda: coordinator.progress() is None, "the coordinator's error")
-
-
 def test_no_heldout_source_gives_no_prompts(run: Run):
     assert run.start().heldout_prompts(4) == []
 
@@ -499,3 +508,104 @@ def test_redis_that_does_not_answer_is_an_error(run: Run):
     run.url = "redis://127.0.0.1:1/0"
     with pytest.raises(ReplayUnavailableError, match=r"127\.0\.0\.1:1"):
         run.start()
+
+
+def train_to_the_end(run: Run, coordinator: Coordinator, step: int, generation: int = 1) -> None:
+    while not (lease := lease_of(coordinator, step, generation)).is_end:
+        run.train_step(coordinator, lease, generation=generation)
+        step += 1
+
+
+def capture_lines(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "captures.jsonl").read_text().splitlines()]
+
+
+def test_redis_that_restarted_empty_costs_captures_and_no_use(run: Run):
+    coordinator = run.start()
+    run.train_step(coordinator, lease_of(coordinator, 1))
+    unreported = run.train_unreported(lease_of(coordinator, 2))
+    run.capture_one()  # resident, and lost
+    run.table.destroy()
+    assert coordinator.wanted(0, 1) is None  # no table, nothing to join
+    run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
+    run.join(coordinator)
+    assert coordinator.wanted(0, 1) is None
+    for report in unreported:  # they come late, and say what the accounts have said
+        coordinator.step_done(report)
+    train_to_the_end(run, coordinator, 3)
+    summary = coordinator.finish()
+    assert (summary.trained, summary.not_reached, summary.balanced) == (10, 0, True)
+    assert {line["reason"] for line in capture_lines(run)} <= {"first", "Redis restarted empty"}
+    assert all(line["attempt"] >= 1000 for line in capture_lines(run)[-2:])
+
+
+def test_capture_that_only_a_rank_knows_of_is_logged_when_it_joins(run: Run, monkeypatch: pytest.MonkeyPatch):
+    coordinator = run.start()
+    lease = lease_of(coordinator, 1)
+    monkeypatch.setattr(
+        run.table.__class__, "drain_outcomes", lambda self: []
+    )  # Redis dies before the coordinator looks
+    reports = run.train_unreported(lease)
+    run.table.destroy()
+    monkeypatch.undo()
+    run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
+    run.join(coordinator)
+    wait_until(lambda: coordinator.progress().steps_done == 1, "the step that the accounts tell of")
+    trained = sorted(use for report in reports for use in report.uses)
+    assert sorted(line["capture"] for line in capture_lines(run)[:4]) == trained
+    train_to_the_end(run, coordinator, 2)
+    assert coordinator.finish().balanced
+
+
+def test_coordinator_that_was_killed_goes_on_beside_the_ranks(run: Run):
+    first = run.start()
+    (run.folder / "ledger.jsonl").write_text(first.ledger_at(0, timeout_s=5))
+    run.train_step(first, lease_of(first, 1))
+    unreported = run.train_unreported(lease_of(first, 2))
+    run.capture_one()
+    first.finish()  # its feeder ends; nothing of what it knows is handed on
+    second = run.start(ledger=str(run.folder / "ledger.jsonl"), joins=True)
+    with pytest.raises(DeadlineError, match="begins anew and waits for the accounts of rank 0, 1"):
+        second.step_lease(3, 1)
+    run.join(second)
+    second.step_done(unreported[0])
+    assert lease_of(second, 3).num_uses == 2  # the rest of ten
+    assert second.progress().steps_done == 2
+    train_to_the_end(run, second, 3)
+    summary = second.finish()
+    assert (summary.trained, summary.not_reached, summary.balanced) == (10, 0, True)
+    assert (run.folder / "lives").read_text() == "2\n"
+
+
+def test_new_trainer_group_begins_at_its_checkpoint_and_the_old_one_is_refused(run: Run):
+    coordinator = run.start()
+    run.train_step(coordinator, lease_of(coordinator, 1))
+    (run.folder / "ledger.jsonl").write_text(coordinator.ledger_at(1, timeout_s=5))
+    run.train_step(coordinator, lease_of(coordinator, 2))
+    wait_until(run.capture_one, "a capture that the new group finds dropped")
+    taken = run.queue.take(time.time(), 60)
+    assert taken is not None
+    coordinator.begin_group(2, str(run.folder / "ledger.jsonl"))
+    assert run.table.admit(taken, SIGNATURE.reserved_bytes(taken), time.time(), queued=True) is Admission.GONE
+    with pytest.raises(StaleGenerationError):
+        coordinator.step_lease(3, 1)
+    with pytest.raises(StaleGenerationError):
+        coordinator.join(run.accounts[0].answer("x"))
+    run.accounts = (Account(0, 2), Account(1, 2))
+    train_to_the_end(run, coordinator, 2, generation=2)
+    summary = coordinator.finish()
+    assert (summary.trained, summary.not_reached, summary.balanced) == (10, 0, True)
+    assert "the trainer group began again after step 1" in {line["reason"] for line in capture_lines(run)}
+
+
+def test_pause_outlasts_a_lost_table(run: Run):
+    coordinator = run.start()
+    assert coordinator.pause() == 0
+    run.table.destroy()
+    run.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
+    run.join(coordinator)
+    with pytest.raises(PausedError):
+        lease_of(coordinator, 1)
+    coordinator.go_on()
+    train_to_the_end(run, coordinator, 1)
+    assert coordinator.finish().trained == 10

@@ -118,6 +118,9 @@ class CountingCoordinator:
     def ledger_at(self, step: int) -> str:
         return json.dumps({"step": step}) + "\n"
 
+    def saved(self, step: int) -> None:
+        pass
+
 
 def synthetic_sample(capture: int, drafter: DrafterConfig) -> Any:
     """Features and tokens that depend on the capture's number alone."""

@@ -161,6 +161,7 @@ def train(
         lookahead_captures=8,
         capture_log=str(output_dir / "captures.jsonl"),
         answers=str(output_dir / "answers.jsonl"),
+        lives=str(output_dir / "lives"),
         ledger=str(resume / "ledger.jsonl") if resume else None,
         generation=attempt,
     )

@@ -23,12 +23,18 @@ NoDashboardOption = Annotated[
 ]
 
 DEMO_SETTINGS: dict[str, dict[str, Any]] = {
+    "dflash": {
+        "drafter.loss_decay_gamma": 2.0,
+        "drafter.num_anchors": 48,
+        "trainer.learning_rate": 6e-3,
+        "trainer.max_steps": 2600,
+    },
     "eagle3": {
         "drafter.num_draft_layers": 1,
         "drafter.ttt_length": 5,
         "trainer.learning_rate": 3e-3,
         "trainer.max_steps": 1500,
-    }
+    },
 }
 """Where a drafter learns best with other settings than those of the demo's recipe."""
 

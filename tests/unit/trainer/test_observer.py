@@ -54,11 +54,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def observer(parts: Parts, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Observer:
-    progress = SimpleNamespace(remote=lambda: None)
-    monkeypatch.setattr(observer_module, "result_of", lambda *_, **__: parts)
-    coordinator, journal = SimpleNamespace(progress=progress), Journal([parts])
-    return Observer(RunConsole(to_stderr=True), journal, parts, parts, coordinator, lambda: [SERVING], 1000.0)  # type: ignore[arg-type]
+def observer(parts: Parts, clock: SimpleNamespace) -> Observer:
+    return Observer(
+        RunConsole(to_stderr=True), Journal([parts]), parts, parts, lambda: parts, lambda: [SERVING], 1000.0
+    )  # type: ignore[arg-type,return-value]
 
 
 def step(number: int, time_s: float, loss: float) -> dict[str, Any]:

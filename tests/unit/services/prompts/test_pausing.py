@@ -22,6 +22,7 @@ def make_schedule(num_prompts: int) -> Schedule:
             "lookahead_captures": 100,
             "capture_log": "unused",
             "answers": "unused",
+            "lives": "unused",
             "ledger": None,
             "generation": GENERATION,
         }
@@ -47,7 +48,7 @@ def test_pause_holds_back_the_next_step_and_none_that_was_granted() -> None:
     assert schedule.grant(2, GENERATION) is None
     assert schedule.steps_granted == 1
     schedule.is_paused = False
-    assert schedule.grant(2, GENERATION) == StepLease(step=2, num_micro_batches=1)
+    assert schedule.grant(2, GENERATION) == StepLease(step=2, num_micro_batches=1, num_uses=2)
 
 
 def test_stop_ends_a_paused_run() -> None:

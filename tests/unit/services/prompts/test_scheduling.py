@@ -34,6 +34,7 @@ def make(num_prompts: int = 10, *, epochs: int = 1, ledger: Ledger | None = None
         "lookahead_captures": 100,
         "capture_log": "unused",
         "answers": "unused",
+        "lives": "unused",
         "ledger": None,
         "generation": 7,
     } | changes
@@ -106,7 +107,7 @@ def test_step_is_granted_only_once_a_full_one_is_encoded():
         schedule.add(job(schedule.next_to_encode()))
     assert schedule.grant(1, 7) is None
     schedule.add(job(schedule.next_to_encode()))
-    assert grant(schedule, 1) == StepLease(step=1, num_micro_batches=2)
+    assert grant(schedule, 1) == StepLease(step=1, num_micro_batches=2, num_uses=4)
 
 
 def test_grant_is_idempotent_and_in_order():
