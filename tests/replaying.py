@@ -17,14 +17,14 @@ JOB_BYTES = 56
 
 
 class Replay(NamedTuple):
-    """A table, the work queue that belongs to it, and where its selectors' numbers come from."""
+    """A table, and the work queue that belongs to it."""
 
     table: ReplayTable
     work: CaptureQueue
 
 
 MakeReplay = Callable[..., Replay]
-"""Makes a table under a prefix of its own; `draw` is where its selectors' numbers come from."""
+"""Makes a table under a prefix of its own; `seed` or `draw` say where its selectors' numbers come from."""
 
 
 def make_job(

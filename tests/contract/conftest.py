@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from replaying import JOB_BYTES, SIGNATURE, MakeReplay, Replay
@@ -30,8 +30,8 @@ def make_replay(request: pytest.FixtureRequest) -> Iterator[MakeReplay]:
     names = itertools.chain(["run"], (f"run{number}" for number in itertools.count(1)))
     prefixes: list[str] = []
 
-    def make(seed: int = 0) -> Replay:
-        draw, prefix = random.Random(seed).random, next(names)
+    def make(seed: int = 0, draw: Callable[[], float] | None = None) -> Replay:
+        draw, prefix = draw or random.Random(seed).random, next(names)
         prefixes.append(prefix)
         if request.param == "memory":
             memory = MemoryStore(prefix)

@@ -111,6 +111,20 @@ def test_takeover_is_not_held_up_by_the_limiter(make_replay: MakeReplay) -> None
     assert table.info().num_inserting == 2
 
 
+def test_takeover_is_not_held_up_by_tighter_limits(make_replay: MakeReplay) -> None:
+    table = limited(make_replay, RateLimiter())
+    assert [admit(table, capture) for capture in range(4)] == ["ADMITTED"] * 4
+    table.create(PLENTY_BYTES, SIGNATURE, 1, RateLimiter.with_error_buffer(1, 1, 1))
+    job = make_job(0, attempt=1)
+    assert table.admit(job, bytes_of(job), 0.0) is Admission.ADMITTED
+    assert admit(table, 4) is Admission.FULL
+
+
+def test_nothing_is_inserted_beyond_min_size_where_the_bounds_end_there(make_replay: MakeReplay) -> None:
+    table = limited(make_replay, RateLimiter(min_size=2, samples_per_insert=1, min_diff=0, max_diff=2))
+    assert [admit(table, capture) for capture in range(3)] == ["ADMITTED", "ADMITTED", "FULL"]
+
+
 def test_abandoned_capture_gives_its_promise_back(make_replay: MakeReplay) -> None:
     table = limited(make_replay, RateLimiter.with_error_buffer(1, 1, 1))
     assert [admit(table, capture) for capture in range(3)] == ["ADMITTED", "ADMITTED", "FULL"]

@@ -504,6 +504,14 @@ def test_lease_of_a_lost_table_is_unknown_to_the_new_one(table: ReplayTable) -> 
     table.ack([new], 0, 0.0)
 
 
+def test_new_generation_finds_samples_in_order_of_commit(roomy: ReplayTable) -> None:
+    for capture in range(3):
+        insert(roomy, make_job(capture, reuse=2))
+    assert captures_of(lease(roomy)) == [0]  # it stands behind 1 and 2 now
+    roomy.set_generation(1)
+    assert captures_of(lease(roomy, 3, generation=1)) == [0, 1, 2]
+
+
 # Clearing.
 
 

@@ -88,6 +88,15 @@ def test_same_draws_choose_the_same_samples(make_replay: MakeReplay) -> None:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+@pytest.mark.parametrize("kind", [SelectorKind.UNIFORM, SelectorKind.PRIORITIZED])
+def test_draw_at_a_bound_means_the_sample_after_it(make_replay: MakeReplay, kind: SelectorKind) -> None:
+    table = make_replay(draw=lambda: 0.5).table
+    table.create(100_000, SIGNATURE, 1, selector=Selector(kind))
+    for capture in range(4):
+        insert(table, make_job(capture))
+    assert captures_of(lease(table)) == [2]
+
+
 def test_priority_can_be_said_again_and_is_the_newest(make_replay: MakeReplay) -> None:
     table = selecting(make_replay, PRIORITIZED, num_samples=2)
     before = table.info()
