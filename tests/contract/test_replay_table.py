@@ -454,13 +454,14 @@ def test_older_generation_is_refused_everywhere(table: ReplayTable) -> None:
     assert table.generation() == 2
     for call in (
         lambda: lease(table, generation=1),
-        lambda: lease(table, generation=3),
         lambda: table.ack([leased], 0, 0.0),
         lambda: table.release([leased], 0),
         lambda: table.set_generation(1),
     ):
         with pytest.raises(StaleGenerationError, match="not the current one of the replay table 'run', 2"):
             call()
+    with pytest.raises(TableLostError, match="being made anew: it has generation 2, not yet 3"):
+        lease(table, generation=3)
     with pytest.raises(UnknownSampleError):
         table.ack([leased], 2, 0.0)
     assert captures_of(lease(table, generation=2)) == [0]
