@@ -21,6 +21,8 @@ USER = "trainer"
 PASSWORD = "Xq7/p@ss:w#rd?&%"
 """With every character that a URL would take for its own."""
 
+ADMIN_PASSWORD = "another-password-altogether"
+
 RIGHTS = "~slipstream:* &* +@all -@dangerous +info"
 """What docs/security.md asks for."""
 
@@ -44,7 +46,7 @@ def own_redis(folder: Path) -> Iterator[OwnRedis]:
         port = probe.getsockname()[1]
     settings = (
         f'bind 127.0.0.1\nport {port}\nsave ""\ndir {folder}\nlogfile {folder / "redis.log"}\n'
-        f"requirepass another-password-altogether\nuser {USER} on >{PASSWORD} {RIGHTS}\n"
+        f"requirepass {ADMIN_PASSWORD}\nuser {USER} on >{PASSWORD} {RIGHTS}\n"
         "maxmemory 256mb\nmaxmemory-policy noeviction\n"
     )
     process = subprocess.Popen([find_server(), "-"], stdin=subprocess.PIPE, text=True)

@@ -144,7 +144,7 @@ def check_server(client: redis.Redis, capacity_bytes: int, prefix: str = "") -> 
     others = 0
     for key in client.scan_iter(match="*:table", count=1000, _type="HASH"):
         if key.decode() != table_key(prefix):
-            others += int(client.hget(key, "capacity") or 0)
+            others += _capacity(client, key)
     if capacity_bytes + others > usable:
         shared = f", of which other tables have reserved {others}" if others else ""
         raise ReplayError(
@@ -152,6 +152,16 @@ def check_server(client: redis.Redis, capacity_bytes: int, prefix: str = "") -> 
             f"less {HEADROOM:.0%}{shared}). Lower replay.capacity to {max(usable - others, 0)} or raise maxmemory to "
             f"{int((capacity_bytes + others) / (1 - HEADROOM)) + 1}."
         )
+
+
+def _capacity(client: redis.Redis, key: bytes) -> int:
+    """What another table has reserved; 0 for keys that this user may not see: they are no table of ours."""
+    try:
+        return int(client.hget(key, "capacity") or 0)
+    except ReplayError as error:
+        if isinstance(error.__cause__, redis.exceptions.NoPermissionError):
+            return 0
+        raise
 
 
 class Claim:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from own_redis import PASSWORD, USER, OwnRedis, own_redis, tls_in_front_of
+from own_redis import ADMIN_PASSWORD, PASSWORD, USER, OwnRedis, own_redis, tls_in_front_of
 
 from services.contracts import TableSignature
 from services.errors import ReplayError, ReplayUnavailableError
@@ -39,6 +39,14 @@ def use(url: str) -> None:
 
 def test_password_of_the_environment_opens_it(server: OwnRedis) -> None:
     use(with_password(server.url, ENVIRONMENT))
+
+
+def test_keys_of_others_are_in_nobodys_way(server: OwnRedis) -> None:
+    admin = connect(f"redis://:{ADMIN_PASSWORD}@{server.address}/0")
+    admin.hset("foreign:table", "capacity", 10**12)
+    use(with_password(server.url, ENVIRONMENT))
+    admin.delete("foreign:table")
+    admin.close()
 
 
 @pytest.mark.parametrize("environment", [{}, {PASSWORD_VARIABLE: "wrong"}])

@@ -1,0 +1,65 @@
+"""A run over two Ray nodes: what leaves the driver's node is encrypted and asks for a token or a password."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from commands import SMALL, Command, steps_done
+from ray.cluster_utils import Cluster
+from waiting import wait_until
+
+from services.errors import TargetAccessError
+from services.security import is_loopback
+from services.target.client import TargetClient
+
+Start = Callable[..., Command]
+
+OBJECT_STORE_BYTES = 80 * 1024**2
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster of two nodes, both on this machine; the second one has what the first one lacks."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False},
+    )
+    try:
+        cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, resources={"elsewhere": 1})
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def target_addresses(output_dir: Path) -> set[str]:
+    """Addresses of targets in a run's history."""
+    return set(re.findall(r'"address": ?"([^"]+)"', (output_dir / "telemetry.jsonl").read_text()))
+
+
+@pytest.mark.timeout(400)
+def test_target_on_another_node_is_reached_through_tls(two_nodes: Cluster, slipstream: Start, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    import trainer
+
+    demo = Path(trainer.__file__).parent / "demo"
+    recipe.write_text((demo / "recipe.yaml").read_text())
+    output_dir = tmp_path / "run"
+    command = slipstream(
+        "run", str(recipe), "--output-dir", str(output_dir), "--no-dashboard", "--json", *SMALL,
+        f"target.model={demo / 'target'}", "trainer.max_steps=6", "target.resources={elsewhere: 0.5}",
+    )  # fmt: skip
+    wait_until(lambda: steps_done(output_dir) >= 1, lambda: command.errors, 200)
+    (address,) = target_addresses(output_dir)
+    assert not is_loopback(address.rpartition(":")[0]), "beside the driver it would be on loopback"
+    with TargetClient(address) as client, pytest.raises(TargetAccessError, match="speaks TLS"):
+        client.describe()
+    summary = command.json()
+    assert summary["steps"] == 6
+    assert summary["ledger"]["balanced"]
+    assert not [event for event in summary["events"] if event["kind"] == "target"], json.dumps(summary["events"])
+    command.assert_nothing_left(within_s=15)
