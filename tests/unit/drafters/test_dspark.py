@@ -259,9 +259,10 @@ def test_sample_of_weight_two_counts_like_the_sample_twice(make_drafter, make_ba
     assert_same_gradients(weighted_gradients, twice_gradients)
 
 
+@pytest.mark.parametrize("loss", ["fused", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_without_supervision_has_zero_loss_and_zero_gradients(make_drafter, make_batch, kind):
-    drafter, batch = make_drafter(markov_head_type=kind), make_batch(9, 6, prompt=9)
+def test_batch_without_supervision_has_zero_loss_and_zero_gradients(make_drafter, make_batch, kind, loss):
+    drafter, batch = make_drafter(markov_head_type=kind, loss=loss), make_batch(9, 6, prompt=9)
     assert not batch.loss_mask.any()
     calls = []
     out, out_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2], reduce=lambda v: calls.append(v) or v)
@@ -269,6 +270,46 @@ def test_batch_without_supervision_has_zero_loss_and_zero_gradients(make_drafter
     assert all(gradient.abs().max() == 0 for gradient in out_gradients.values())
     assert all(value == 0 for value in out.metrics.values())
     assert len(calls) == 2  # other ranks would wait for ever otherwise
+    assert out.rejections.isnan().all()
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_single_supervised_token_has_no_anchor_and_so_trains_nothing(make_drafter, make_batch, algorithm):
+    """An anchor must be supervised, and so must the token that it predicts."""
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(9)
+    batch.loss_mask[:] = False
+    batch.loss_mask[0, 6] = True
+    out, out_gradients = train(drafter, batch, anchor_seeds=[1])
+    assert out.loss.item() == out.metrics["valid_anchors_abs"] == 0
+    assert all(gradient.abs().max() == 0 for gradient in out_gradients.values())
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_unsupervised_sample_takes_its_part_in_the_means_over_samples(make_drafter, make_batch, algorithm):
+    """20 tokens with 5 of prompt have 14 anchors; the sample without supervision has none, which halves the mean."""
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(20, 20)
+    batch.loss_mask[1] = False
+    out, out_gradients = train(drafter, batch, anchor_seeds=SEEDS[:2])
+    alone, alone_gradients = train(drafter, rows_of(batch, slice(0, 1)), anchor_seeds=SEEDS[:1])
+    assert (out.metrics["valid_anchors_abs"], alone.metrics["valid_anchors_abs"]) == (7.0, 14.0)
+    # the loss is a mean over slots, of which it has none
+    torch.testing.assert_close(out.loss, alone.loss)
+    assert_same_gradients(out_gradients, alone_gradients)
+    assert out.rejections.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_packed_samples_of_one_token_and_shorter_than_a_block_train_like_padded_ones(
+    make_drafter, make_batch, algorithm
+):
+    lengths = (1, 3, 20, 1)
+    drafter, batch = make_drafter(algorithm=algorithm), make_batch(*lengths, prompt=0)
+    batch.loss_mask[0, 1:] = batch.loss_mask[3, 1:] = batch.loss_mask[1, 3:] = False
+    padded, padded_gradients = train(drafter, batch, anchor_seeds=SEEDS)
+    out, out_gradients = train(drafter, packed(batch, lengths), anchor_seeds=SEEDS)
+    torch.testing.assert_close(out.loss, padded.loss)
+    assert_same_gradients(out_gradients, padded_gradients)
+    assert out.rejections.isnan().tolist() == [True, False, False, True]
 
 
 def test_every_trainable_weight_learns(make_drafter, make_batch):

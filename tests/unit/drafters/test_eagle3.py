@@ -242,7 +242,7 @@ def packed(batch, lengths):
 
 
 @pytest.mark.parametrize("num_draft_layers", [1, 2])
-@pytest.mark.parametrize("lengths", [(20, 14, 9), (5, 16, 3, 11), (5, 12, 4)])
+@pytest.mark.parametrize("lengths", [(20, 14, 9), (5, 16, 3, 11), (5, 12, 4), (1, 8, 1)])
 def test_packed_samples_train_like_padded_ones(lengths, num_draft_layers):
     """Also where samples without a supervised token stand before, between and after others."""
     drafter = make_drafter(num_draft_layers=num_draft_layers)
@@ -339,6 +339,19 @@ def test_batch_without_supervision_has_zero_loss_and_zero_gradients(loss, sample
     assert all(gradient is not None and gradient.abs().max() == 0 for gradient in gradients.values())
     assert all(value == 0 for value in out.metrics.values())
     assert len(calls) == 2  # other ranks would wait for ever otherwise
+
+
+def test_unsupervised_sample_takes_its_part_in_the_means_over_samples():
+    """Its loss is 0: it halves the mean over two samples, and the gradients with it."""
+    drafter, batch = make_drafter(), make_batch(12, 12)
+    batch.loss_mask[1] = False
+    out, gradients = train(drafter, batch)
+    alone, alone_gradients = train(drafter, rows_of(batch, slice(0, 1)))
+    torch.testing.assert_close(out.loss, alone.loss / 2)
+    assert_same_gradients(gradients, {name: gradient / 2 for name, gradient in alone_gradients.items()})
+    assert out.metrics["ploss_0"] == pytest.approx(alone.metrics["ploss_0"] / 2)
+    assert out.metrics["valid_tokens@0"] == alone.metrics["valid_tokens@0"]
+    assert out.rejections.isnan().tolist() == [False, True]
 
 
 def test_loss_decay_can_be_given_for_one_pass():
