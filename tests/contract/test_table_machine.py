@@ -26,6 +26,7 @@ from replaying import SIGNATURE, Replay, bytes_of, failed, make_job, make_sample
 
 from services.contracts import CaptureJob, SampleLease
 from services.errors import SlipstreamError
+from services.replay.audit import audit_table
 from services.replay.connect import Client
 from services.replay.memory_table import MemoryStore, MemoryTable, MemoryWorkQueue
 from services.replay.rate_limiter import RateLimiter
@@ -41,6 +42,9 @@ LEASE_S = 10.0
 CAPTURES = st.integers(0, 7)
 PICKS = st.integers(0, 10**6)
 """Which of the things at hand, modulo their number."""
+
+OUT_OF_SCOPE = ("without a job", ", its job has", "peak bytes")
+"""Of an audit: captures are admitted here that never were in the work queue, and the capacity shrinks."""
 
 RECENT = 8
 """Jobs that are picked again: what is done to older ones is mostly refused."""
@@ -105,8 +109,10 @@ class TableMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "prefix"):
+            self.counters_are_what_the_keys_make()
             self.something_can_always_move(2)
             self.runs_empty()
+            self.counters_are_what_the_keys_make()
             self.redis.table.destroy()
             assert self.client.keys(f"{self.prefix}:*") == []
 
@@ -351,6 +357,11 @@ class TableMachine(RuleBasedStateMachine):
             return
         info = self.both(lambda it: it.table.info())
         assert info.resident_bytes <= info.capacity_bytes
+
+    def counters_are_what_the_keys_make(self) -> None:
+        """Counters and keys of the table in Redis say the same."""
+        problems = audit_table(self.client, self.prefix)
+        assert [line for line in problems if not any(word in line for word in OUT_OF_SCOPE)] == []
 
     @precondition(lambda self: self.jobs)
     @rule(pick=PICKS, index=st.integers(0, 2))
