@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -136,12 +137,15 @@ def _groups(spans: Sequence[Span], block_size: int) -> Iterator[BlockGroup]:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Attention group by group, in float32. Queries of a block stand together, those of its R heads a key head too.
+    """Attention group by group, in float32, under autocast too.
+
+    Queries of a block stand together, those of its R heads a key head too.
 
     Scores are taken to the base 2: on CPUs torch computes exp2 several times faster than exp.
     """
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any,
         queries: Tensor,
@@ -179,6 +183,7 @@ class _BlockAttention(torch.autograd.Function):
         return _unstack(output, size, queries.dtype)
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         stacked, *tensors, output, log_sums = ctx.saved_tensors

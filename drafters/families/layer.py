@@ -37,13 +37,16 @@ class DraftAttention(nn.Module):
 
     def queries(self, rows: Tensor, rope: Rope) -> Tensor:
         """Rotated queries: [B, rows, inputs] → [B, heads, rows, head size]."""
-        return rotate(self.q_norm(self._heads(self.q_proj(rows))).transpose(1, 2), rope)
+        queries = self._heads(self.q_proj(rows))
+        return rotate(self.q_norm(queries).transpose(1, 2), rope).to(queries.dtype)
 
     def keys_values(self, rows: Tensor, rope: Rope) -> KeyValues:
         """Rotated keys, and values, of rows [B, rows, inputs]. Without a v_proj the raw keys are the values."""
         keys = self._heads(self.k_proj(rows))
         values = keys if self.v_proj is None else self._heads(self.v_proj(rows))
-        return KeyValues(rotate(self.k_norm(keys).transpose(1, 2), rope), self.v_norm(values).transpose(1, 2))
+        rotated = rotate(self.k_norm(keys).transpose(1, 2), rope)
+        # Under autocast norms and rotation come out wider than the projections.
+        return KeyValues(rotated.to(keys.dtype), self.v_norm(values).transpose(1, 2).to(keys.dtype))
 
     def output(self, attended: Tensor) -> Tensor:
         """[B, heads, rows, head size] → [B, rows, D]."""

@@ -1,4 +1,4 @@
-"""200 steps in bf16 with fp32 masters, the loss fused, beside the same steps in float32 with the plain loss."""
+"""Training in bf16: under autocast, and 200 steps with fp32 masters and the fused loss beside the exact plain curve."""
 
 import copy
 
@@ -62,6 +62,28 @@ def losses(algorithm, dtype, loss):
         drafter.load_state_dict(masters.state_dict())
         curve.append(out.loss.item())
     return torch.tensor(curve)
+
+
+@pytest.mark.parametrize("backward_too", [False, True])
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
+def test_float32_drafter_trains_under_autocast(algorithm, backward_too):
+    """As a training loop of one's own may have it, whether or not it leaves autocast before backward."""
+    drafter = make_drafter(algorithm, "fused")
+    batch = make_batches(drafter.lm_head.weight)[0]
+    exact = drafter.training_forward(batch, anchor_seeds=[1, 2]).loss
+    exact.backward()
+    expected = drafter.fc.weight.grad.clone()
+    drafter.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = drafter.training_forward(batch, anchor_seeds=[1, 2]).loss
+        if backward_too:
+            loss.backward()
+    if not backward_too:
+        loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    assert loss != exact
+    assert {weight.grad.dtype for weight in drafter.parameters() if weight.requires_grad} == {torch.float32}
+    assert (drafter.fc.weight.grad - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
