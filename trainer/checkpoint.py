@@ -1,6 +1,6 @@
 """Where checkpoints lie and how one becomes visible: written aside, fsynced, renamed, and only then pointed to.
 
-    <output_dir>/step_<N>/    a whole checkpoint: drafter, DeepSpeed state, ledger, RNG, recipe, provenance
+    <output_dir>/step_<N>/    a whole checkpoint: drafter, training state, ledger, recipe, provenance
     <output_dir>/step_0/      the untrained drafter alone; nothing resumes from it
     <output_dir>/step_latest  symlink to the newest whole one, moved last and atomically
     <output_dir>/.step_<N>    one being written; never read

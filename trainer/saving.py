@@ -1,6 +1,6 @@
 """What the ranks write into a checkpoint and read back from it (specs: checkpoints, "Training checkpoints").
 
-Every rank writes its own part of the DeepSpeed state; rank 0 writes the rest and publishes.
+All ranks give their part of the training state; rank 0 writes and publishes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
 
 from drafters.checkpoint import save_drafter
 from drafters.drafter import Drafter
@@ -22,11 +20,7 @@ from services.errors import CheckpointError
 from trainer.checkpoint import LEDGER, checkpoint_step, partial_path, prune, publish, start_partial
 from trainer.provenance import collect_provenance
 from trainer.recipe import Recipe
-
-ENGINE_FOLDER = "deepspeed"
-ENGINE_TAG = "state"
-RNG = "rng.pt"
-LAST_LOSSES = "last_losses"
+from trainer.training_state import read_state, write_state
 
 
 class CheckpointWriter:
@@ -65,19 +59,11 @@ class CheckpointWriter:
         if self._rank == 0:
             start_partial(self._output_dir, step)
         dist.barrier()
-        engine.save_checkpoint(
-            str(partial / ENGINE_FOLDER),
-            tag=ENGINE_TAG,
-            client_state={LAST_LOSSES: list(last_losses)},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
-        rng = _gather_rng(engine.device)
+        write_state(engine, partial, step=step, last_losses=tuple(last_losses))
         with _whole_parameters(engine):
             if self._rank == 0:
                 save_drafter(engine.module, partial)
         if self._rank == 0:
-            torch.save(rng, partial / RNG)
             (partial / LEDGER).write_text(ledger(step))
             self._write_origin(partial)
         dist.barrier()
@@ -92,51 +78,19 @@ class CheckpointWriter:
 
 
 def restore(engine: Any, checkpoint: Path) -> list[float]:
-    """Bring engine, optimizer and random generators to where a checkpoint left them.
+    """Bring a fresh engine to where a checkpoint left its run, however many ranks wrote it.
 
     Returns:
         The losses of the last steps before it.
 
     Raises:
-        CheckpointError: Parts are missing, or another number of ranks wrote it.
+        CheckpointError: Parts are missing or cut short, or of another drafter.
     """
-    rng_file, engine_folder = checkpoint / RNG, checkpoint / ENGINE_FOLDER
-    if not rng_file.is_file() or not engine_folder.is_dir():
-        raise CheckpointError(
-            f"checkpoint {checkpoint} lacks {RNG} or {ENGINE_FOLDER}/: nothing can resume from it; point step_latest "
-            "to an older step_<N>, or remove it to start anew"
-        )
-    rng: dict[str, list[Tensor]] = torch.load(rng_file, weights_only=True)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if len(rng["cpu"]) != world_size:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} was written by {len(rng['cpu'])} ranks, this run has {world_size}; "
-            f"set trainer.world_size={len(rng['cpu'])}"
-        )
-    loaded, client_state = engine.load_checkpoint(str(engine_folder), tag=ENGINE_TAG, load_module_strict=False)
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed finds no state in {engine_folder}; point step_latest to an older step_<N>")
-    if engine.global_steps != checkpoint_step(checkpoint):
-        raise CheckpointError(f"{checkpoint} holds the state after {engine.global_steps} steps, not what its name says")
-    torch.set_rng_state(rng["cpu"][rank])
-    if engine.device.type == "cuda":
-        torch.cuda.set_rng_state(rng["cuda"][rank], engine.device)
-    last_losses: list[float] = client_state[LAST_LOSSES]
-    return last_losses
-
-
-def _gather_rng(device: torch.device) -> dict[str, list[Tensor]]:
-    """Random states by kind and rank, uint8 on the CPU."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: _gather(state.to(device)) for name, state in states.items()}
-
-
-def _gather(state: Tensor) -> list[Tensor]:
-    gathered = [torch.empty_like(state) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, state)
-    return [part.cpu() for part in gathered]
+    figures = read_state(engine, checkpoint)
+    if figures.step != checkpoint_step(checkpoint):
+        raise CheckpointError(f"{checkpoint} holds the state after {figures.step} steps, not what its name says")
+    engine.global_steps = figures.step
+    return list(figures.last_losses)
 
 
 def _whole_parameters(engine: Any) -> contextlib.AbstractContextManager[Any]:

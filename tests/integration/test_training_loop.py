@@ -360,21 +360,17 @@ def test_run_leaves_whole_checkpoints_and_starts_no_compiler(target_folder: Path
     }
     assert os.readlink(output / "step_latest") == "step_4"
     checkpoint = output / "step_latest"
-    assert (checkpoint / "deepspeed").is_dir()
+    assert {path.name for path in (checkpoint / "training_state").iterdir()} == {
+        "weights.safetensors",
+        "exp_avg.safetensors",
+        "exp_avg_sq.safetensors",
+        "state.json",
+    }
     assert json.loads((checkpoint / "ledger.jsonl").read_text()) == {"step": 4}
     assert yaml.safe_load((checkpoint / "recipe.yaml").read_text()) == recipe.model_dump(mode="json")
     provenance = json.loads((checkpoint / "provenance.json").read_text())
     assert provenance["command"] == ["slipstream", "test"]
     assert provenance["packages"]["torch"] == torch.__version__
-    assert torch.load(checkpoint / "rng.pt", weights_only=True)["cpu"][0].dtype == torch.uint8
     start, end = weights_of(output / "step_0"), weights_of(checkpoint)
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved == start.keys() - {"embed_tokens.weight", "lm_head.weight"}
-
-
-def test_resume_with_another_number_of_ranks_is_refused(target_folder: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(target_folder, tmp_path / "run", max_steps=1)
-    train_group(recipe)
-    other = make_recipe(target_folder, tmp_path / "run", max_steps=2, world_size=2)
-    with pytest.raises(AssertionError, match=r"written by 1 ranks, this run has 2; set trainer.world_size=1"):
-        train_group(other, recipe.output_dir / "step_1")

@@ -11,8 +11,8 @@ from trainer.checkpoint import checkpoint_step, latest_checkpoint, prune, publis
 
 def write(output_dir: Path, step: int, content: str = "weights", *, latest: bool = True) -> Path:
     partial = start_partial(output_dir, step)
-    (partial / "deepspeed").mkdir()
-    (partial / "deepspeed" / "state").write_text(content)
+    (partial / "training_state").mkdir()
+    (partial / "training_state" / "state").write_text(content)
     return publish(output_dir, step, latest=latest)
 
 
@@ -56,7 +56,7 @@ def test_checkpoint_published_before_a_kill_is_replaced(tmp_path: Path) -> None:
     write(tmp_path, 6, "first", latest=False)
     assert latest_checkpoint(tmp_path) == tmp_path / "step_3"
     write(tmp_path, 6, "second")
-    assert (tmp_path / "step_6" / "deepspeed" / "state").read_text() == "second"
+    assert (tmp_path / "step_6" / "training_state" / "state").read_text() == "second"
     assert latest_checkpoint(tmp_path) == tmp_path / "step_6"
     assert names(tmp_path) == {"step_3", "step_6", "step_latest"}
 
