@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are argmax."""
 
 
-@dataclass(frozen=True)
-class TrainingOutput:
-    """What one forward pass for training gives.
+class TrainingOutput(NamedTuple):
+    """What one forward pass for training gives; a tuple, because training engines look for tensors in nothing else.
 
     Attributes:
         loss: Scalar with gradient. With ``reduce``: this rank's part, and the sum over ranks is the global loss.

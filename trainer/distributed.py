@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -101,16 +101,37 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def sum_over_neighbours(num_ranks: int) -> Callable[[Tensor], Tensor]:
+    """What sums a tensor over the `num_ranks` consecutive ranks that this one is among: 0, 1, … or the next as many.
+
+    All ranks call it at the same time.
+    """
+    world_size = dist.get_world_size()
+    num_groups, mine = world_size // num_ranks, dist.get_rank() // num_ranks
+    if num_groups == 1:
+        return sum_over_ranks
+
+    def reduce(values: Tensor) -> Tensor:
+        if num_ranks == 1:
+            return values
+        of_groups = values.new_zeros(num_groups, *values.shape)
+        of_groups[mine] = values
+        return sum_over_ranks(of_groups)[mine]
+
+    return reduce
+
+
 def deepspeed_config(config: TrainerConfig, num_trainable: int) -> dict[str, Any]:
     """DeepSpeed's settings for a recipe.
 
     bf16 without ZeRO would add gradients up in bf16 and start Adam one step late, so bf16 runs at least stage 1,
-    which for one rank is the same: fp32 masters, gradients added up in fp32.
+    which for one rank is the same: fp32 masters, gradients added up in fp32. Ranks send each other bf16, except in
+    deterministic mode, where a sum must not depend on how many ranks its parts come from.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(num_trainable, MOST_BUCKET_ELEMENTS)}
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.accumulation,
+        "train_micro_batch_size_per_gpu": config.layout.samples_per_pass,
+        "gradient_accumulation_steps": config.layout.num_passes,
         "gradient_clipping": config.gradient_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -120,6 +141,8 @@ def deepspeed_config(config: TrainerConfig, num_trainable: int) -> dict[str, Any
         zero["stage"] = max(1, config.zero_stage)
         settings["bf16"] = {"enabled": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.deterministic:
+            settings["communication_data_type"] = "fp32"
     return settings
 
 

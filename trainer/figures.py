@@ -51,7 +51,10 @@ class StepFigures:
 
 
 class StepTally:
-    """One rank's part of a step. Ranks combine theirs by adding their vectors element by element."""
+    """One rank's part of a step. Ranks combine theirs by adding their vectors element by element.
+
+    A metric of the step is the mean over micro-batches and ranks, each weighted with its samples.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank = rank
@@ -62,29 +65,31 @@ class StepTally:
         self.num_tokens = 0
 
     def add(self, metrics: Mapping[str, float], leases: Sequence[SampleLease], num_tokens: int) -> None:
-        """Add one micro-batch; `metrics` are already those of all ranks."""
+        """Add one micro-batch; `metrics` are those of all ranks that share its loss."""
         self._metrics.append(metrics)
         self._num_samples.append(len(leases))
         self.uses += [lease.use for lease in leases]
         self.num_tokens += num_tokens
 
     def vector(self, *, wait_s: float, step_s: float) -> list[float]:
-        """What is added over ranks: samples by micro-batch, tokens, then one place a rank for each of the times."""
+        """What is added over ranks: samples, tokens, one place a rank for each of the times, then a sum a metric."""
         times = [0.0] * (2 * self._world_size)
         times[self._rank], times[self._world_size + self._rank] = wait_s, step_s
-        return [*map(float, self._num_samples), float(self.num_tokens), *times]
+        counted = [(row, count) for row, count in zip(self._metrics, self._num_samples, strict=True) if count]
+        sums = [math.fsum(row[name] * count for row, count in counted) for name in self._metrics[0]]
+        return [float(sum(self._num_samples)), float(self.num_tokens), *times, *sums]
 
     def figures(self, total: Sequence[float]) -> StepFigures:
         """The step's figures from the sum of all ranks' vectors."""
-        num_micro_batches = len(self._metrics)
-        samples = [round(count) for count in total[:num_micro_batches]]
-        waits = total[num_micro_batches + 1 : num_micro_batches + 1 + self._world_size]
+        num_samples, num_tokens = round(total[0]), round(total[1])
+        times, sums = total[2 : 2 + 2 * self._world_size], total[2 + 2 * self._world_size :]
+        means = {name: value / max(1, num_samples) for name, value in zip(self._metrics[0], sums, strict=True)}
         return StepFigures(
-            metrics=_weighted_mean(self._metrics, samples),
-            num_samples=sum(samples),
-            num_tokens=round(total[num_micro_batches]),
-            wait_s=max(waits),
-            step_s=max(total[num_micro_batches + 1 + self._world_size :]),
+            metrics=means if num_samples else {},
+            num_samples=num_samples,
+            num_tokens=num_tokens,
+            wait_s=max(times[: self._world_size]),
+            step_s=max(times[self._world_size :]),
         )
 
 
@@ -136,11 +141,3 @@ class RunFigures:
             first_fill_s=self._first_fill_s,
             wait_fraction=self.wait_fraction,
         )
-
-
-def _weighted_mean(rows: Sequence[Mapping[str, float]], weights: Sequence[int]) -> dict[str, float]:
-    counted = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight]
-    if not counted:
-        return {}
-    total = sum(weight for _, weight in counted)
-    return {name: math.fsum(row[name] * weight for row, weight in counted) / total for name in counted[0][0]}

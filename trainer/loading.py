@@ -98,7 +98,7 @@ class MicroBatchLoader:
         return self._reader.take(
             rank=self._rank,
             generation=self._generation,
-            count=self._config.micro_batch_size,
+            count=self._config.layout.samples_per_pass,
             lease_s=self._lease_s,
             timeout_s=self._config.wait_s,
             hold=self._hold,

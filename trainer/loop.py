@@ -15,7 +15,7 @@ from services.contracts import StepReport
 from services.errors import SlipstreamError
 from services.logs import set_step
 from trainer.collate import MicroBatch
-from trainer.distributed import set_learning_rate, sum_over_ranks
+from trainer.distributed import set_learning_rate, sum_over_neighbours, sum_over_ranks
 from trainer.figures import RunFigures, StepTally, TrainResult
 from trainer.prefetch import Prefetcher
 from trainer.recipe import TrainerConfig
@@ -83,6 +83,7 @@ class TrainingLoop:
         """
         config, world_size = self.config, self.config.world_size
         step = saved_step = self.done_steps
+        reduce = sum_over_neighbours(config.layout.ranks_per_loss)
         started_s = time.perf_counter()
         for granted, micro_batches in self.batches.steps():
             step, tally = granted.step, StepTally(self.rank, world_size)
@@ -95,11 +96,11 @@ class TrainingLoop:
                     anchor_seeds=micro_batch.anchor_seeds,
                     sample_weights=micro_batch.sample_weights,
                     importance_weights=micro_batch.importance_weights,
-                    reduce=sum_over_ranks,
+                    reduce=reduce,
                 )
                 self.engine.set_gradient_accumulation_boundary(index == granted.num_micro_batches)
-                # The losses of the ranks add up to the global one, but DeepSpeed averages gradients over ranks.
-                loss = output.loss * (world_size / granted.num_micro_batches)
+                # A step is the mean of its losses, of which ranks hold parts, but DeepSpeed averages over ranks.
+                loss = output.loss * (world_size / config.layout.num_losses(granted))
                 self.engine.backward(loss, scale_wrt_gas=False)
                 self.ack(micro_batch)
                 if self.update_priorities is not None:

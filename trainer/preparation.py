@@ -74,7 +74,7 @@ def prepare(recipe: Recipe) -> Preparation:
         )
     trainer = recipe.trainer
     # Each rank holds its prefetched micro-batches and the one it trains on, while the next one is being completed.
-    samples_held = trainer.world_size * trainer.micro_batch_size * (trainer.prefetch + 2)
+    samples_held = trainer.world_size * trainer.layout.samples_per_pass * (trainer.prefetch + 2)
     needed = samples_held * signature.sample_bytes(longest, longest)
     if recipe.replay.capacity < needed:
         raise RecipeError(

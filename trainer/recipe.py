@@ -23,6 +23,7 @@ from services.replay.config import ReplayConfig
 from services.replay.selectors import SelectorKind
 from services.replay.urls import safe_url
 from services.target.config import TargetConfig
+from trainer.batch_layout import BatchLayout
 
 PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
 """Settings that may name a file beside the recipe: a value that begins with `./` is meant relative to its folder."""
@@ -36,7 +37,9 @@ class TrainerConfig(PlacementConfig):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 trains with fp32 master weights")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; bf16 uses at least 1")
     global_batch_size: int = Field(512, ge=1, description="sequences of one optimizer step, over all ranks")
-    micro_batch_size: int = Field(1, ge=1, description="sequences of one forward pass of one rank")
+    micro_batch_size: int = Field(
+        1, ge=1, description="most sequences of one forward pass of one rank; fewer where ranks share a step evenly so"
+    )
     learning_rate: float = Field(6e-4, gt=0, description="peak of the cosine schedule")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     warmup_fraction: float = Field(0.04, ge=0, lt=1, description="part of the steps with linear warm-up")
@@ -50,22 +53,26 @@ class TrainerConfig(PlacementConfig):
     wait_s: float = Field(600.0, gt=0, description="longest wait for a micro-batch before the run fails")
     tail: Literal["pad", "drop"] = Field("pad", description="a last step without a full batch is padded or dropped")
     deterministic: bool = Field(
-        False, description="plan order, one sample a forward pass: repeatable losses, however many targets"
+        False, description="plan order, one sample a forward pass: the same losses for any number of targets and ranks"
     )
     seed: int = Field(42, description="seeds the drafter's new weights")
 
     @property
-    def accumulation(self) -> int:
-        """Micro-batches of one rank in one optimizer step."""
-        return self.global_batch_size // (self.world_size * self.micro_batch_size)
+    def layout(self) -> BatchLayout:
+        """How a step is cut into forward passes."""
+        return BatchLayout.of(
+            global_batch_size=self.global_batch_size,
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            deterministic=self.deterministic,
+        )
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        unit = self.world_size * self.micro_batch_size
-        if self.global_batch_size % unit:
+        if self.global_batch_size % self.world_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of world_size {self.world_size} × "
-                f"micro_batch_size {self.micro_batch_size} = {unit}; change one of the three"
+                f"global_batch_size {self.global_batch_size} is not a multiple of world_size {self.world_size}, and "
+                "every rank trains the same number of sequences; change one of the two"
             )
         return self
 

@@ -30,7 +30,7 @@ def fails(command: Command, code: int, *words: str) -> None:
     ("override", "words"),
     [
         ("trainer.max_step=5", ("trainer.max_step", "did you mean trainer.max_steps")),
-        ("trainer.micro_batch_size=3", ("global_batch_size 4",)),
+        ("trainer.world_size=3", ("global_batch_size 4", "world_size 3")),
         ("drafter.target_layer_ids=[1,2,3,4,7]", ("target_layer_ids [1, 2, 3, 4, 7]", "8 layers")),
         ("drafter.target_layer_ids=[3,1]", ("ascend",)),
         ("drafter.mask_token_id=512", ("mask_token_id 512", "512")),

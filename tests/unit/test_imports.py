@@ -49,6 +49,7 @@ WITH_TORCH = {
     "trainer.rank",
     "trainer.saving",
     "trainer.training",
+    "trainer.training_state",
 }
 DRAFTERS_WITHOUT_TORCH = {
     "drafters",
@@ -59,7 +60,7 @@ DRAFTERS_WITHOUT_TORCH = {
 }
 
 # Ranks alone pay for deepspeed.
-WITH_DEEPSPEED = {"trainer.distributed", "trainer.saving"}
+WITH_DEEPSPEED = {"trainer.distributed", "trainer.saving", "trainer.training_state"}
 
 
 def module_name(path: Path) -> str:

@@ -27,6 +27,17 @@ def test_figures_of_two_ranks_are_weighted_by_samples() -> None:
     assert second.num_tokens == 20
 
 
+def test_ranks_with_losses_of_their_own_are_weighted_by_samples() -> None:
+    # Deterministic mode: rank 0 has the loss of three samples, rank 1 another one of a single sample.
+    first, second = StepTally(0, 2), StepTally(1, 2)
+    first.add({"loss": 1.0, "ce_loss": 2.0}, [lease(0), lease(1), lease(2)], 30)
+    second.add({"loss": 5.0, "ce_loss": 4.0}, [lease(3)], 10)
+    vectors = [tally.vector(wait_s=0.0, step_s=1.0) for tally in (first, second)]
+    total = [a + b for a, b in zip(*vectors, strict=True)]
+    assert first.figures(total).metrics == {"loss": 2.0, "ce_loss": 2.5}
+    assert second.figures(total) == first.figures(total)
+
+
 def test_step_of_padding_alone_has_no_metrics() -> None:
     tally = StepTally(0, 1)
     tally.add({"loss": 0.0}, [], 0)

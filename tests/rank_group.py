@@ -1,0 +1,314 @@
+"""Ranks that train in processes of their own, with everything real but the buffer: captures are synthetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafters.config import DrafterConfig
+from drafters.registry import find_algorithm
+from services.contracts import CaptureJob, LastRows, Sample, SampleLease, StepLease, StepReport
+from trainer.recipe import Recipe
+
+NUM_LAYERS, HIDDEN, VOCAB = 6, 16, 48
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "dspark": {
+        "num_draft_layers": 1,
+        "block_size": 3,
+        "num_anchors": 4,
+        "target_layer_ids": (0, 1),
+        "mask_token_id": VOCAB - 1,
+        "markov_rank": 4,
+    },
+    "dflash": {
+        "algorithm": "dflash",
+        "num_draft_layers": 1,
+        "block_size": 3,
+        "num_anchors": 4,
+        "target_layer_ids": (0, 1),
+        "mask_token_id": VOCAB - 1,
+    },
+    "eagle3": {"algorithm": "eagle3", "target_layer_ids": (0, 1, 2, 3, 4), "ttt_length": 3},
+}
+DEADLINE_S = 120.0
+
+
+def save_target(folder: Path) -> Path:
+    """Write a tiny target model."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=32,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_recipe(target_folder: Path, output_dir: Path, drafter: str = "dspark", **trainer: Any) -> Recipe:
+    settings = {
+        "world_size": 1,
+        "num_gpus": 0,
+        "threads": 1,
+        "precision": "fp32",
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "learning_rate": 3e-3,
+        "checkpoint_every": 3,
+        "max_steps": 6,
+    }
+    return Recipe.model_validate(
+        {
+            "output_dir": str(output_dir),
+            "target": {"model": str(target_folder), "dtype": "float32", "num_gpus": 0, "max_batch_samples": 1},
+            "prompts": {"source": "stdlib"},
+            "drafter": DRAFTERS[drafter],
+            "trainer": settings | trainer,
+        }
+    )
+
+
+class CountingCoordinator:
+    """Grants `max_steps` steps in plan order: of each micro-batch of all ranks, a consecutive piece to each rank.
+
+    Args:
+        recipe: The run's.
+        num_uses: Uses of the whole plan; None fills every step.
+        log: Where reports go.
+    """
+
+    def __init__(self, recipe: Recipe, num_uses: int | None = None, log: Path | None = None) -> None:
+        self._trainer = recipe.trainer
+        self._num_uses = num_uses
+        self._log = log
+
+    def step_lease(self, step: int) -> StepLease:
+        trainer = self._trainer
+        assert trainer.max_steps is not None
+        if step > trainer.max_steps:
+            return StepLease(step=step, num_micro_batches=0)
+        first = (step - 1) * trainer.global_batch_size
+        last = first + trainer.global_batch_size
+        uses = range(first, last if self._num_uses is None else min(last, self._num_uses))
+        size, ranks = trainer.layout.samples_per_pass, trainer.world_size
+        num_passes = math.ceil(len(uses) / (size * ranks))
+        captures = tuple(
+            tuple(
+                tuple(uses[(index * ranks + rank) * size : (index * ranks + rank + 1) * size])
+                for index in range(num_passes)
+            )
+            for rank in range(ranks)
+        )
+        return StepLease(step=step, num_micro_batches=num_passes, captures=captures)
+
+    def report(self, report: StepReport) -> None:
+        if self._log:
+            with self._log.open("a") as log:
+                log.write(report.model_dump_json() + "\n")
+
+    def ledger_at(self, step: int) -> str:
+        return json.dumps({"step": step}) + "\n"
+
+    def saved(self, step: int) -> None:
+        pass
+
+
+def synthetic_sample(capture: int, drafter: DrafterConfig) -> Any:
+    """Features and tokens that depend on the capture's number alone."""
+    from services.replay.reader import CapturedSample
+
+    generator = torch.Generator().manual_seed(capture)
+    length = 9 + capture % 4
+    loss_mask = torch.tensor([0] * 3 + [1] * (length - 3))
+    rows = LastRows(find_algorithm(drafter.algorithm).last_rows).select(loss_mask.tolist())
+    job = CaptureJob(
+        capture=capture, prompt=capture, epoch=0, input_ids=(0,) * length, loss_mask=(0,) * length, last_rows=()
+    )
+    sample = Sample(job=job, chunks=(), num_bytes=0, target="")
+    return CapturedSample(
+        lease=SampleLease(lease_id=str(capture), use=capture, k=0, sample=sample),
+        input_ids=torch.randint(0, VOCAB - 1, (length,), generator=generator),
+        loss_mask=loss_mask,
+        context=torch.randn(length, context_width(drafter), generator=generator),
+        last_rows=torch.tensor(rows),
+        last=torch.randn(len(rows), HIDDEN, generator=generator),
+    )
+
+
+def context_width(drafter: DrafterConfig) -> int:
+    assert drafter.target_layer_ids is not None
+    return len(drafter.target_layer_ids) * HIDDEN
+
+
+def train_rank(
+    rank: int, recipe: Recipe, resume_from: str | None, num_uses: int | None, ports: Any, results: Any
+) -> None:
+    """One rank in a process of its own."""
+    try:
+        results.put((rank, _train_rank(rank, recipe, resume_from, num_uses, ports)))
+    except BaseException as error:
+        results.put((rank, repr(error)))
+        raise
+
+
+def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: int | None, ports: Any) -> Any:
+    from trainer.checkpoint import checkpoint_step
+    from trainer.collate import collate
+    from trainer.distributed import (
+        DTYPES,
+        build_engine,
+        connect_store,
+        library_output_to,
+        open_store,
+        process_group,
+        training_device,
+    )
+    from trainer.figures import RunFigures
+    from trainer.loop import TrainingLoop
+    from trainer.prefetch import Prefetcher
+    from trainer.saving import CheckpointWriter, restore
+    from trainer.training import load_libraries, new_drafter
+
+    config, output_dir = recipe.trainer, recipe.output_dir
+    load_libraries(config)
+    if rank == 0:
+        store = open_store("127.0.0.1", config.world_size)
+        for _ in range(config.world_size - 1):
+            ports.put(f"127.0.0.1:{store.port}")
+    else:
+        store = connect_store(ports.get(), config.world_size)
+    device, done_steps = training_device(config), checkpoint_step(Path(resume_from)) if resume_from else 0
+
+    def load(captures: Sequence[int] | None, cancelled: Any) -> Any:
+        assert captures is not None
+        samples = [synthetic_sample(capture, recipe.drafter) for capture in captures]
+        micro_batch = collate(
+            samples,
+            list(captures),
+            context_width=context_width(recipe.drafter),
+            hidden_size=HIDDEN,
+        )
+        return micro_batch.to(device, DTYPES[config.precision])
+
+    coordinator = CountingCoordinator(recipe, num_uses, output_dir / f"reports_{rank}.jsonl")
+    checkpoints = CheckpointWriter(output_dir, recipe, rank, ["slipstream", "test"])
+    acked: list[int] = []
+    with (
+        library_output_to(output_dir / "logs" / f"rank_{rank}.log"),
+        process_group(store, rank, config, device),
+        Prefetcher(coordinator, load, depth=2, first_step=done_steps + 1, rank=rank) as batches,
+    ):
+        drafter = new_drafter(recipe).to(DTYPES[config.precision])
+        if rank == 0 and not resume_from:
+            checkpoints.write_untrained(drafter)
+        engine = build_engine(drafter, config)
+        last_losses = restore(engine, Path(resume_from)) if resume_from else []
+        before = random_states()
+        result = TrainingLoop(
+            engine=engine,
+            batches=batches,
+            ack=lambda micro_batch: acked.extend(lease.use for lease in micro_batch.leases),
+            coordinator=coordinator,
+            checkpoints=checkpoints,
+            emit=lambda kind, **fields: None,
+            config=config,
+            rank=rank,
+            generation=1,
+            total_steps=config.max_steps or 0,
+            done_steps=done_steps,
+            figures=RunFigures(last_losses),
+        ).run()
+    return result.model_dump() | {"acked": acked, "drew_randomly": random_states() != before}
+
+
+def random_states() -> list[Any]:
+    """Of every global generator that training could draw from."""
+    import numpy
+
+    return [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
+
+
+@cache
+def fork_context() -> Any:
+    """Processes that begin with everything imported: most of what a rank's start takes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.training", "deepspeed"])
+    before = dict(os.environ)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}  # as `load_deepspeed` sets them before its import
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def train_group(
+    recipe: Recipe,
+    resume_from: Path | None = None,
+    *,
+    num_uses: int | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Any:
+    """Train with all ranks; returns their results by rank.
+
+    Args:
+        recipe: The run's.
+        resume_from: A checkpoint.
+        num_uses: Uses of the whole plan; None fills every step.
+        watch: Called while the ranks run, which then start from nothing, with this process's id.
+    """
+    context = multiprocessing.get_context("spawn") if watch else fork_context()
+    ports, results = context.Queue(), context.Queue()
+    resume = str(resume_from) if resume_from else None
+    ranks = range(recipe.trainer.world_size)
+    processes = [
+        context.Process(target=train_rank, args=(rank, recipe, resume, num_uses, ports, results)) for rank in ranks
+    ]
+    for process in processes:
+        process.start()
+    try:
+        deadline_s, outcome = time.monotonic() + DEADLINE_S, {}
+        while len(outcome) < len(processes):
+            assert time.monotonic() < deadline_s, f"training took more than {DEADLINE_S:g} s"
+            if watch:
+                watch(os.getpid())
+            if not results.empty():
+                rank, result = results.get()
+                outcome[rank] = result
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill() if process.is_alive() and len(outcome) < len(processes) else process.join(20)
+    failures = {rank: result for rank, result in outcome.items() if isinstance(result, str)}
+    assert not failures, failures
+    return [outcome[rank] for rank in ranks]
+
+
+def losses_of(output_dir: Path, rank: int = 0) -> dict[int, float]:
+    reports = [StepReport.model_validate_json(line) for line in (output_dir / f"reports_{rank}.jsonl").open()]
+    return {report.step: report.metrics["loss"] for report in reports}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "model.safetensors")
