@@ -78,11 +78,11 @@ def make_drafter(target, algorithm="dspark", **settings):
     return build_drafter(target, algorithm, **(defaults | heads | settings))
 
 
-def make_batch(length=14):
+def make_batch(length=14, num_layers=3):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(2, SIZES["vocab_size"], (2, length), generator=generator)
     supervised = (torch.arange(length) >= 4).long().expand(2, -1)
-    context = torch.randn(2, length, 3 * SIZES["hidden_size"], generator=generator)
+    context = torch.randn(2, length, num_layers * SIZES["hidden_size"], generator=generator)
     return FeatureBatch.from_tensors(
         ids, supervised, None, context, torch.randn(2, length, SIZES["hidden_size"], generator=generator)
     )
@@ -98,10 +98,24 @@ def test_every_target_gets_a_drafter_of_its_width_heads_and_vocabulary_that_lear
     assert drafter.layers[0].mlp.down_proj.weight.shape == (16, 24)
     attention = drafter.layers[0].self_attn
     assert attention.q_proj.out_features == 4 * attention.head_dim
-    out = drafter.training_forward(make_batch(), anchor_seeds=[1, 2])
-    out.loss.backward()
-    idle = [n for n, w in drafter.named_parameters() if w.requires_grad and (w.grad is None or not w.grad.abs().max())]
-    assert idle == []
+    drafter.training_forward(make_batch(), anchor_seeds=[1, 2]).loss.backward()
+    assert idle_weights(drafter) == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_gets_an_eagle3_drafter_that_learns(name):
+    torch.manual_seed(3)
+    drafter = build_drafter(TARGETS[name], "eagle3", target_layer_ids=range(5), ttt_length=3)
+    attention = drafter.layers[0].self_attn
+    assert attention.q_proj.in_features == 2 * 16
+    assert attention.o_proj.out_features == 16
+    drafter.training_forward(make_batch(num_layers=5)).loss.backward()
+    assert idle_weights(drafter) == []
+
+
+def idle_weights(drafter):
+    trained = [(name, weight.grad) for name, weight in drafter.named_parameters() if weight.requires_grad]
+    return [name for name, gradient in trained if gradient is None or not gradient.abs().max()]
 
 
 @pytest.mark.parametrize(
