@@ -211,6 +211,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
     coordinator = CountingCoordinator(recipe, num_uses, output_dir / f"reports_{rank}.jsonl")
     checkpoints = CheckpointWriter(output_dir, recipe, rank, ["slipstream", "test"])
     acked: list[int] = []
+    rejections: list[float] = []
     with (
         library_output_to(output_dir / "logs" / f"rank_{rank}.log"),
         process_group(store, rank, config, device),
@@ -226,6 +227,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
             engine=engine,
             batches=batches,
             ack=lambda micro_batch: acked.extend(lease.use for lease in micro_batch.leases),
+            update_priorities=lambda micro_batch, values: rejections.extend(values.tolist()),
             coordinator=coordinator,
             checkpoints=checkpoints,
             emit=lambda kind, **fields: None,
@@ -236,7 +238,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
             done_steps=done_steps,
             figures=RunFigures(last_losses),
         ).run()
-    return result.model_dump() | {"acked": acked, "drew_randomly": random_states() != before}
+    return result.model_dump() | {"acked": acked, "rejections": rejections, "drew_randomly": random_states() != before}
 
 
 def random_states() -> list[Any]:

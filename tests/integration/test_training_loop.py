@@ -60,6 +60,9 @@ def test_two_ranks_train_what_one_rank_trains(target_folder: Path, tmp_path: Pat
     for step, loss in losses_of(one.output_dir).items():
         assert losses_of(two.output_dir)[step] == pytest.approx(loss, rel=1e-4)
     assert sorted(results[0]["acked"] + results[1]["acked"]) == list(range(48))
+    rejections = results[0]["rejections"] + results[1]["rejections"]
+    assert len(rejections) == 48
+    assert all(0 < rejection < 1 for rejection in rejections)
     ours, theirs = weights_of(one.output_dir / "step_6"), weights_of(two.output_dir / "step_6")
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, rtol=1e-3, atol=1e-4)

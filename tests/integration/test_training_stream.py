@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from services.contracts import LastRows, TableSignature
 from services.models import read_shape
 from services.prompts.coordinator import Coordinator, CoordinatorSettings, LedgerSummary
+from services.replay.config import ReplayConfig
 from services.replay.connect import connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.registry import TargetRegistry
@@ -225,6 +226,22 @@ def test_stream_is_trained_to_the_padded_end_and_ledger_balances(
     assert [record["samples"] for record in steps] == [4, 4, 4, 4, 4, 1]
     assert sum(record["tokens"] for record in steps) == results[0].tokens
     assert latest_checkpoint(recipe.output_dir) == recipe.output_dir / "step_6"
+
+
+def test_rate_limited_and_prioritized_stream_trains_every_use_once(
+    target_folder: Path, tmp_path: Path, redis_url: str, target_address: str
+) -> None:
+    # Two uses each of 21 prompts: ten steps of 4, and a tail of 2 that only the seal lets go, below min_size as it is.
+    recipe = make_recipe(target_folder, tmp_path / "prioritized", world_size=2)
+    limits = {"reuse": 2, "min_size": 5, "error_buffer": 6, "selector": "prioritized", "importance_exponent": 1.0}
+    replay = ReplayConfig.model_validate(recipe.replay.model_dump() | limits)
+    recipe = recipe.model_copy(update={"replay": replay})
+    write_prompts(Path(recipe.prompts.source))
+    results, ledger, telemetry = train(recipe, redis_url, target_address, attempt=1)
+    assert {result.steps for result in results} == {11}
+    assert (ledger.planned, ledger.trained, ledger.captured, ledger.balanced) == (42, 42, 21, True)
+    steps = [record for record in telemetry if record["kind"] == "step"]
+    assert [record["samples"] for record in steps] == [4] * 10 + [2]
 
 
 def test_deterministic_run_repeats_its_losses_through_a_resume(
