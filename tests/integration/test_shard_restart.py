@@ -198,7 +198,8 @@ def test_shard_killed_again_and_again_captures_all_once_and_leaks_nothing(embedd
     assert (info.resident_bytes, info.num_leased, work.size()) == (0, 0, 0)
     assert 0 < info.peak_bytes <= CAPACITY_BYTES
     assert (info.inserts, info.deletes) == (NUM_CAPTURES, NUM_CAPTURES)
-    kinds = {key.decode().removeprefix(f"{PREFIX}:").partition(":")[0] for key in client.keys(key_pattern(PREFIX))}
+    keys = [key.decode().removeprefix(f"{PREFIX}:") for key in client.scan_iter(match=key_pattern(PREFIX))]
+    kinds = {key.partition(":")[0] for key in keys}
     assert kinds <= {"table", "targets", "telemetry"}
 
 
