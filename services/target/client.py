@@ -50,7 +50,9 @@ ERRORS: dict[grpc.StatusCode, type[SlipstreamError]] = {
 """What a status means to a caller; any other is a TargetError."""
 
 TOO_LARGE = "Received message larger than max"
-"""What gRPC says of a request, with the status RESOURCE_EXHAUSTED."""
+TOO_LARGE_HERE = "CLIENT: " + TOO_LARGE
+"""What gRPC says, with the status RESOURCE_EXHAUSTED, of a request that the target does not read, and of an answer that
+we do not."""
 
 
 class TargetClient:
@@ -220,7 +222,9 @@ class TargetClient:
         if why := why_refused(error, self.address, self._credentials):
             return TargetAccessError(f"target {self.address} does not let us in: {why}")
         details, kind = error.details(), ERRORS.get(error.code(), TargetError)
-        if TOO_LARGE in (details or ""):
+        if TOO_LARGE_HERE in (details or ""):
+            kind, details = WireError, f"{details}: a chunk has at most {MAX_CHUNK_BYTES} bytes"
+        elif TOO_LARGE in (details or ""):
             kind, details = CaptureRequestError, f"{details}: the target takes shorter prompts; see its max_tokens"
         return kind(f"target {self.address}, {what}: {details} ({error.code().name})")
 

@@ -361,6 +361,10 @@ LIES: dict[str, tuple[Lie, str]] = {
     "unknown tensor": (changing(set_all(tensor=9)), "tensor number 9 is unknown"),
     "answer to no question": (changing(answer), "an answer of 2 tokens came, none was asked for"),
     "no message at all": (say_garbage, "no FeatureChunk"),
+    "message too large": (
+        changing(lambda chunks: with_payload(chunks[0], bytes(5 * 1024**2))),
+        "): a chunk has at most 4194304 bytes",
+    ),
     "never answers": (never, "gave nothing for too long 2 times: target 127.0.0.1:"),
     "hangs in mid-stream": (hang_in_mid_stream, "nothing came for 0.6 s after 1 chunks"),
     "fails": (abort_with(grpc.StatusCode.INTERNAL), "failed to compute 3 times: target 127.0.0.1:"),
