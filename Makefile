@@ -14,7 +14,7 @@ PROTOC = $(BIN)/python -m grpc_tools.protoc -Iservices/wire=proto
 # Tests start many processes: one thread each, unless asked otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check format lint types imports stubs proto bench wheel screenshots clean
+.PHONY: help setup demo test check format lint types imports stubs proto bench soak wheel screenshots clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +82,9 @@ proto: setup ## generate services/wire from proto/
 
 bench: setup ## run a benchmark; ARGS="run --json" and the like
 	@$(BIN)/slipstream bench $(ARGS)
+
+soak: setup ## kill random parts of a real run for a while and see that nothing is lost; ARGS="--minutes 15"
+	@$(BIN)/python infra/soak.py $(ARGS)
 
 wheel: setup ## build the wheel into dist/
 	@rm -rf build/lib build/bdist.*

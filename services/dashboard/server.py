@@ -149,7 +149,7 @@ def _begin(host: str, port: int) -> tuple[Access, socket.socket]:
 
 
 def _take_over(file: Path, host: str) -> tuple[Access, socket.socket] | None:
-    """The place of a dashboard that was killed, for open pages to find it again; None if there is none, or it is taken."""
+    """The place of a dashboard that was killed, so that open pages find it; None if there is none or it is taken."""
     try:
         before = Published(**json.loads(file.read_text()))
         access = Access(host, token=before.token)

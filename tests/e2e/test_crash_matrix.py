@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 from commands import Command, steps_done
+from victims import find, kill
 from waiting import wait_until
-
-from infra.victims import find, kill
 
 Start = Callable[..., Command]
 
@@ -26,7 +25,7 @@ STEPS = 40
 DETERMINISTIC = (
     "demo", "--steps", str(STEPS), "--json",
     "trainer.deterministic=true", "replay.reuse=1", "prompts.answers=dataset", "trainer.checkpoint_every=8",
-    "drafter.num_anchors=8",
+    "drafter.num_anchors=8", "target.max_batch_samples=1",
 )  # fmt: skip
 NOTHING_MEASURED = ("evaluation.max_samples=0",)
 BATCH = 4

@@ -1,0 +1,209 @@
+"""Kills random parts of a real run for a set time, and prints what was killed, what came back, and after how long.
+
+    python infra/soak.py --minutes 15
+
+A part is back when its own work goes on: a step for ranks and coordinator, a capture for target, shard and Redis, a new
+process for evaluator and dashboard. At the end the run is stopped in order, and its logs are audited: every use trained
+at most once, bytes within capacity, nothing left running. Exit code 0 only if nothing was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from victims import find, kill
+
+from services.prompts.ledger import audit
+
+STEERED = ("target", "shard", "redis", "supervisor", "coordinator", "rank", "dashboard")
+"""What is killed; the evaluator works at both ends of a run only."""
+
+CAPTURERS = ("target", "shard", "redis", "supervisor")
+
+PAUSE_S = (8.0, 25.0)
+"""Shortest and longest time from one recovery to the next kill."""
+
+START_S, RECOVERY_S, STOP_S, LEFT_S = 180.0, 180.0, 150.0, 15.0
+POLL_S = 0.1
+
+RUN = (
+    "demo", "--json", "--steps", "1000000", "prompts.answers=dataset", "prompts.epochs=50", "evaluation.max_samples=0",
+    "trainer.checkpoint_every=25", "target.threads=1", "trainer.threads=1",
+)  # fmt: skip
+
+
+@dataclass
+class Recovery:
+    """One kill: which part, when, and how long until its work went on."""
+
+    part: str
+    killed_at_s: float
+    took_s: float
+
+
+class SoakError(Exception):
+    """Something was lost, or did not come back."""
+
+
+class Soak:
+    """One run under fire.
+
+    Args:
+        folder: Where the run is written.
+        seed: Of victims and moments.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._output = folder / "slipstream-demo"
+        self._random = random.Random(seed)
+        self._errors = (folder / "stderr.txt").open("w")
+        self._run = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *RUN],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+        self._began_s = time.monotonic()
+
+    def fire(self, minutes: float) -> list[Recovery]:
+        """Kill part after part until the time is over.
+
+        Raises:
+            SoakError: The run ended, or a part did not come back.
+        """
+        self._wait(lambda: self._last_step() > 0, START_S, "the first step")
+        recoveries: list[Recovery] = []
+        until_s = time.monotonic() + 60 * minutes
+        while time.monotonic() < until_s:
+            self._idle(self._random.uniform(*PAUSE_S))
+            recovery = self._hit(self._random.choice(STEERED))
+            recoveries.append(recovery)
+            print(
+                f"{recovery.killed_at_s:7.1f} s  {recovery.part:<11} killed at step {self._last_step()}, "
+                f"back after {recovery.took_s:.1f} s",
+                flush=True,
+            )
+        return recoveries
+
+    def stop(self) -> dict[str, object]:
+        """Stop the run in order and audit what it left; what was counted.
+
+        Raises:
+            SoakError: Something was lost or left behind.
+        """
+        below = psutil.Process(self._run.pid).children(recursive=True)
+        self._run.send_signal(signal.SIGTERM)
+        try:
+            self._run.wait(STOP_S)
+        except subprocess.TimeoutExpired as error:
+            raise SoakError(f"the run did not stop within {STOP_S:g} s") from error
+        _, left = psutil.wait_procs(below, LEFT_S)
+        if left:
+            raise SoakError(f"left behind: {[process.pid for process in left]}")
+        checkpoint = self._output / os.readlink(self._output / "step_latest")
+        ledger = audit(
+            (checkpoint / "ledger.jsonl").read_text().splitlines(),
+            (self._output / "captures.jsonl").read_text().splitlines(),
+        )
+        if not ledger.balanced:
+            raise SoakError(f"the ledger does not balance: {ledger.problems}")
+        figures = [record for record in self._records() if record["kind"] == "figures"]
+        peak, capacity = (max(record[name] for record in figures) for name in ("peak_bytes", "capacity_bytes"))
+        if peak > capacity:
+            raise SoakError(f"{peak} bytes were resident, the capacity is {capacity}")
+        return {"steps": self._last_step(), "peak_bytes": peak, "capacity_bytes": capacity} | ledger.model_dump()
+
+    def close(self) -> None:
+        """End whatever is left of the run."""
+        if self._run.poll() is None:
+            os.killpg(self._run.pid, signal.SIGKILL)
+            self._run.wait()
+        self._errors.close()
+
+    def _hit(self, part: str) -> Recovery:
+        before = self._work(part)
+        killed_s = time.monotonic()
+        pid = kill(self._run.pid, part)
+        if pid is None:
+            raise SoakError(f"there is no {part} to kill")
+        self._wait(lambda: self._is_back(part, pid, before), RECOVERY_S, f"the {part}")
+        return Recovery(part, killed_s - self._began_s, time.monotonic() - killed_s)
+
+    def _work(self, part: str) -> int:
+        """A number that grows as a part works."""
+        if part in CAPTURERS:
+            return (self._output / "captures.jsonl").stat().st_size
+        return self._num_steps() if part in ("rank", "coordinator") else 0
+
+    def _is_back(self, part: str, pid: int, before: int) -> bool:
+        others = [process.pid for process in find(self._run.pid, part) if process.pid != pid]
+        return bool(others) and (part == "dashboard" or self._work(part) > before)
+
+    def _idle(self, duration_s: float) -> None:
+        until_s = time.monotonic() + duration_s
+        self._wait(lambda: time.monotonic() >= until_s, duration_s + 1, "the next kill")
+
+    def _wait(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if self._run.poll() is not None:
+                raise SoakError(f"the run ended with {self._run.returncode} while waiting for {what}")
+            if time.monotonic() > deadline_s:
+                raise SoakError(f"{what} did not come within {timeout_s:g} s")
+            time.sleep(POLL_S)
+
+    def _records(self) -> list[dict[str, object]]:
+        history = self._output / "telemetry.jsonl"
+        lines = history.read_text().splitlines() if history.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def _num_steps(self) -> int:
+        return sum(record["kind"] == "step" for record in self._records())
+
+    def _last_step(self) -> int:
+        steps = [record["step"] for record in self._records() if record["kind"] == "step"]
+        return int(str(steps[-1])) if steps else 0
+
+
+def main() -> int:
+    """Run the soak test from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=15.0, help="how long parts are killed (default: 15)")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of victims and moments")
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
+    with tempfile.TemporaryDirectory(prefix="slipstream-soak-") as folder:
+        soak = Soak(Path(folder), arguments.seed)
+        try:
+            recoveries = soak.fire(arguments.minutes)
+            counted = soak.stop()
+        except SoakError as error:
+            print(f"LOST: {error}\n{(Path(folder) / 'stderr.txt').read_text()[-4000:]}")
+            return 1
+        finally:
+            soak.close()
+    print(f"\n{'part':<11} kills  back after (median, worst)")
+    for part in STEERED:
+        took = [recovery.took_s for recovery in recoveries if recovery.part == part]
+        if took:
+            print(f"{part:<11} {len(took):5}  {statistics.median(took):.1f} s, {max(took):.1f} s")
+    print(f"{len(recoveries)} kills, {len(recoveries)} recoveries, nothing lost: {json.dumps(counted)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
