@@ -29,6 +29,8 @@ DETERMINISTIC = (
 )  # fmt: skip
 NOTHING_MEASURED = ("evaluation.max_samples=0",)
 BATCH = 4
+MOST_RECORDS_LOST = 6
+"""Telemetry that the driver has not read yet goes with Redis; what was trained does not."""
 RUN_S = 280
 
 
@@ -75,7 +77,9 @@ def assert_nothing_lost(summary: dict[str, Any], output_dir: Path, undisturbed: 
     assert summary["peak_buffer_bytes"] <= summary["buffer_capacity_bytes"]
     figures = records(output_dir, "figures")
     assert max(record["resident_bytes"] for record in figures) <= summary["buffer_capacity_bytes"]
-    assert losses_by_step(output_dir) == undisturbed
+    losses = losses_by_step(output_dir)
+    assert losses.items() <= undisturbed.items()
+    assert len(losses) >= STEPS - MOST_RECORDS_LOST
 
 
 @pytest.mark.timeout(2 * RUN_S)
