@@ -62,12 +62,6 @@ class RankGroup:
                 raise PartDiedError(f"trainer rank {dead} died, and rank {rank} failed because of it") from error
             raise
 
-    def kill(self) -> None:
-        """End all ranks at once."""
-        for part in self.parts:
-            ray.kill(part.actor)
-        self._training.clear()
-
     def _dead_peer(self) -> str:
         """Numbers of ranks that turn out to have died, as text; empty if none has."""
         waiting, dead = dict(self._training), []

@@ -35,11 +35,9 @@ from services.errors import (
     TargetError,
 )
 from services.logs import EventLog, process_log
-from services.placement import address_for_others, on_this_node, this_node
-from services.prompts.coordinator import Coordinator, CoordinatorSettings
+from services.placement import address_for_others, this_node
 from services.replay.connect import connect
 from services.replay.registry import TargetRegistry
-from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.replay.urls import hide_passwords
 from services.security import Credentials
@@ -48,16 +46,15 @@ from services.target.pool import TargetPool
 from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, TelemetryReader
 from services.views.prometheus import PrometheusSink
 from services.views.tensorboard import TensorBoardSink
-from trainer.checkpoint import LEDGER, checkpoint_path, checkpoint_step, latest_checkpoint
-from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, Part, ray_cluster, result_of, start_part, wait_started
+from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
+from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, Part, ray_cluster, result_of, wait_started
 from trainer.console import RunConsole
 from trainer.evaluations import Evaluations
-from trainer.group import RankGroup
 from trainer.observer import Observer
 from trainer.output import OutputDir, claim_output_dir, replace_text
 from trainer.page import own_dashboard
+from trainer.parts import Beginning, Parts
 from trainer.preparation import Preparation, prepare
-from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
 from trainer.run_redis import RunRedis, run_redis, table_prefix
 from trainer.steering import Steering
@@ -70,12 +67,8 @@ POLL_S = 0.25
 LOAD_DEADLINE_S = 600.0
 """How long a target may take to load its weights."""
 
-LOOKAHEAD = 2
-"""Captures in the work queue for each one that the shard pulls at once."""
-
 SHARD, COORDINATOR, GROUP, EVALUATOR = "the replay shard", "the coordinator", "a trainer rank", "the evaluator"
 """Parts that are started again when they lose their process, each so often and no more."""
-
 
 STOP_DEADLINE_S = 60.0
 """A run that is asked to stop has this long to finish its step and write a checkpoint."""
@@ -145,7 +138,8 @@ class Job:
         views: list[Sink] = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
         self._journal = Journal([HistoryFile(output.telemetry), self._board, *views])
         self._steering = Steering(self._board, self, self._report)
-        self._parts: list[Part] = []
+        self._parts = Parts(prepared, output, self._where, credentials)
+        self._generation = 0
         self._heldout: list[list[int]] = []
         self._restarts = {what: Restarts(what) for what in (SHARD, COORDINATOR, GROUP, EVALUATOR)}
         self._is_paused = False
@@ -163,7 +157,7 @@ class Job:
             stack.callback(self._redis.close)
             stack.callback(self._destroy_table)
             stack.callback(self._pool.stop)
-            stack.callback(self._end, self._parts)
+            stack.callback(self._parts.end)
             stack.callback(self._evaluations.close)
 
     def start(self) -> None:
@@ -176,9 +170,9 @@ class Job:
         replay = recipe.replay
         self._table.create(replay.capacity, signature, replay.reuse, replay.rate_limiter, replay.sampling)
         self._pool.start()
-        generation = self._output.next_generation()
-        self._table.set_generation(generation)
-        self._coordinator = self._start_coordinator(generation)
+        self._generation = self._output.next_generation()
+        self._table.set_generation(self._generation)
+        self._coordinator = self._parts.coordinator(Beginning(self._generation, self._resume))
         self._observer = Observer(
             self._console,
             self._journal,
@@ -189,9 +183,9 @@ class Job:
             self._started_s,
         )
         self._observer.phase("starting target, replay shard, coordinator and trainer")
-        self._shard = self._start_shard()
-        self._group = self._start_group(generation)
-        wait_started(self._parts, self._steering.look)
+        self._shard = self._parts.shard()
+        self._group = self._parts.group(self._coordinator, self._generation, self._resume)
+        wait_started(self._parts.all, self._steering.look)
         self._attending = self._coordinator.actor.attend.remote()
         if self._evaluations.is_enabled:
             self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
@@ -241,16 +235,16 @@ class Job:
         """Put a new shard beside the table: it adopts the samples and takes the jobs of the dead one back."""
         self._restarts[SHARD].count(time.monotonic(), cause)
         self._say("restart", "the replay shard lost its process; another one takes over what is in the buffer")
-        self._drop(self._shard)
+        self._parts.drop(self._shard)
         self._shard = persist(self._started_shard, self._steering.look)
         self._filling = self._shard.actor.run.remote()
 
     def _started_shard(self) -> Part:
-        shard = self._start_shard()
+        shard = self._parts.shard()
         try:
             wait_started([shard], self._steering.look)
         except SlipstreamError:
-            self._drop(shard)
+            self._parts.drop(shard)
             raise
         return shard
 
@@ -264,7 +258,7 @@ class Job:
 
         def begin() -> None:
             self._resume = latest_checkpoint(self._output.path)
-            arguments = self._coordinator_arguments(self._group.generation, joins=bool(self._group.calls))
+            arguments = self._parts.coordinator_arguments(self._beginning_of_coordinator())
             result_of(actor.begin.remote(*arguments), "the coordinator", timeout_s=START_DEADLINE_S)
 
         persist(begin, self._steering.look)
@@ -273,17 +267,15 @@ class Job:
     def _renew_group(self, cause: PartDiedError) -> None:
         """End the ranks that are left, and begin a group of the next generation from the last checkpoint."""
         self._restarts[GROUP].count(time.monotonic(), cause)
-        self._group.kill()
-        for part in self._group.parts:
-            self._parts.remove(part)
+        self._parts.drop(*self._group.parts)
         self._resume = latest_checkpoint(self._output.path)
         step = checkpoint_step(self._resume) if self._resume else 0
         self._say("restart", f"a trainer rank lost its process; all ranks begin again after step {step}")
-        generation = self._output.next_generation()
-        ledger = self._ledger_path()
-        persist(lambda: self._ask_coordinator("begin_group", generation, ledger), self._steering.look)
+        self._generation = self._output.next_generation()
+        begin = ("begin_group", self._generation, Beginning(self._generation, self._resume).ledger)
+        persist(lambda: self._ask_coordinator(*begin), self._steering.look)
         self._write_run()
-        self._group = self._start_group(generation)
+        self._group = self._parts.group(self._coordinator, self._generation, self._resume)
         wait_started(self._group.parts, self._steering.look)
         self._group.begin()
 
@@ -340,7 +332,7 @@ class Job:
                 "prompts or epochs, or set trainer.tail=pad"
             )
         self._pool.stop()
-        self._end(self._parts)  # the evaluator may need what they hold
+        self._parts.end()  # the evaluator may need what they hold
         self._evaluate(newest)
         start, end = self._evaluations.report(self._untrained), self._evaluations.report(newest)
         summary = Summary(
@@ -424,83 +416,13 @@ class Job:
             message = f"{type(error).__name__}: {message.rstrip().rpartition(chr(10))[2]}"
         self._journal.write("end", outcome=outcome, message=message)
 
-    def _start(self, cls: type, *args: Any, **options: Any) -> Part:
-        part = start_part(cls, *args, **options)
-        self._parts.append(part)
-        return part
-
-    def _drop(self, part: Part) -> None:
-        ray.kill(part.actor)
-        self._parts.remove(part)
-
-    def _start_shard(self) -> Part:
-        return self._start(
-            ReplayShard,
-            *self._where,
-            self._recipe.replay,
-            self._prepared.signature,
-            self._output.answers,
-            self._listening.credentials.for_client(),
-            max_concurrency=4,
-            log=self._output.log_place("shard"),
-            scheduling_strategy=on_this_node(),  # beside the embedded Redis
-        )
-
-    def _start_coordinator(self, generation: int) -> Part:
-        world_size = self._recipe.trainer.world_size
-        return self._start(
-            Coordinator,
-            *self._coordinator_arguments(generation, joins=False),
-            # Every rank may wait for a lease and give its account while the driver asks and attends.
-            max_concurrency=3 * world_size + 6,
-            max_restarts=-1,
-            log=self._output.log_place("coordinator"),
-        )
-
-    def _coordinator_arguments(self, generation: int, *, joins: bool) -> tuple[Any, ...]:
-        recipe, trainer = self._recipe, self._recipe.trainer
-        settings = CoordinatorSettings(
-            reuse=recipe.replay.reuse,
-            last_rows=self._prepared.last_rows,
-            world_size=trainer.world_size,
-            micro_batch_size=trainer.layout.samples_per_pass,
-            accumulation=trainer.layout.num_passes,
-            max_steps=trainer.max_steps,
-            deterministic=trainer.deterministic,
-            tail=trainer.tail,
-            lookahead_captures=LOOKAHEAD * recipe.replay.pulls,
-            capture_log=str(self._output.capture_log),
-            answers=str(self._output.answers),
-            lives=str(self._output.lives),
-            ledger=self._ledger_path(),
-            generation=generation,
-            joins=joins,
+    def _beginning_of_coordinator(self) -> Beginning:
+        return Beginning(
+            self._generation,
+            self._resume,
+            joins=bool(self._group.calls),
             is_paused=self._is_paused,
             is_stopped=self._is_stopping,
-        )
-        return recipe.prompts, str(self._prepared.target_folder), *self._where, settings
-
-    def _ledger_path(self) -> str | None:
-        return str(self._resume / LEDGER) if self._resume else None
-
-    def _start_group(self, generation: int) -> RankGroup:
-        ranks = range(self._recipe.trainer.world_size)
-        return RankGroup([self._start_rank(rank, generation) for rank in ranks], generation)
-
-    def _start_rank(self, rank: int, generation: int) -> Part:
-        return self._start(
-            TrainerRank,
-            rank,
-            self._recipe,
-            *self._where,
-            self._prepared.signature,
-            self._coordinator.actor,
-            str(self._output.path),
-            str(self._resume) if self._resume else None,
-            generation,
-            sys.argv,
-            ask=self._recipe.trainer.ask,
-            log=self._output.log_place("trainer", rank),
         )
 
     def _publish_targets(self, addresses: Sequence[str]) -> dict[str, str]:
@@ -567,11 +489,6 @@ class Job:
                 self._revive_coordinator(PartDiedError(str(error)))
             except PartDiedError as error:
                 self._revive_coordinator(error)
-
-    @staticmethod
-    def _end(parts: list[Part]) -> None:
-        while parts:
-            ray.kill(parts.pop().actor)
 
     def _destroy_table(self) -> None:
         with contextlib.suppress(ReplayUnavailableError):  # Redis is gone, and the table with it
