@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -9,10 +10,10 @@ import multiprocessing.forkserver
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -93,12 +94,20 @@ class CountingCoordinator:
         recipe: The run's.
         num_uses: Uses of the whole plan; None fills every step.
         log: Where reports go.
+        on_report: Called with the step of each report.
     """
 
-    def __init__(self, recipe: Recipe, num_uses: int | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_uses: int | None = None,
+        log: Path | None = None,
+        on_report: Callable[[int], None] | None = None,
+    ) -> None:
         self._trainer = recipe.trainer
         self._num_uses = num_uses
         self._log = log
+        self._on_report = on_report
 
     def step_lease(self, step: int) -> StepLease:
         trainer = self._trainer
@@ -123,6 +132,8 @@ class CountingCoordinator:
         if self._log:
             with self._log.open("a") as log:
                 log.write(report.model_dump_json() + "\n")
+        if self._on_report:
+            self._on_report(report.step)
 
     def ledger_at(self, step: int) -> str:
         return json.dumps({"step": step}) + "\n"
@@ -158,18 +169,25 @@ def context_width(drafter: DrafterConfig) -> int:
     return len(drafter.target_layer_ids) * HIDDEN
 
 
-def train_rank(
-    rank: int, recipe: Recipe, resume_from: str | None, num_uses: int | None, ports: Any, results: Any
-) -> None:
+class Plan(NamedTuple):
+    """What is the same for all ranks of a group."""
+
+    recipe: Recipe
+    resume_from: Path | None
+    num_uses: int | None
+    on_report: Callable[[int], None] | None
+
+
+def train_rank(rank: int, plan: Plan, ports: Any, results: Any) -> None:
     """One rank in a process of its own."""
     try:
-        results.put((rank, _train_rank(rank, recipe, resume_from, num_uses, ports)))
+        results.put((rank, _train_rank(rank, plan, ports)))
     except BaseException as error:
         results.put((rank, repr(error)))
         raise
 
 
-def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: int | None, ports: Any) -> Any:
+def _train_rank(rank: int, plan: Plan, ports: Any) -> Any:
     from trainer.checkpoint import checkpoint_step
     from trainer.collate import collate
     from trainer.distributed import (
@@ -187,6 +205,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
     from trainer.saving import CheckpointWriter, restore
     from trainer.training import load_libraries, new_drafter
 
+    recipe, resume_from = plan.recipe, plan.resume_from
     config, output_dir = recipe.trainer, recipe.output_dir
     load_libraries(config)
     if rank == 0:
@@ -195,7 +214,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
             ports.put(f"127.0.0.1:{store.port}")
     else:
         store = connect_store(ports.get(), config.world_size)
-    device, done_steps = training_device(config), checkpoint_step(Path(resume_from)) if resume_from else 0
+    device, done_steps = training_device(config), checkpoint_step(resume_from) if resume_from else 0
 
     def load(captures: Sequence[int] | None, cancelled: Any) -> Any:
         assert captures is not None
@@ -208,7 +227,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
         )
         return micro_batch.to(device, DTYPES[config.precision])
 
-    coordinator = CountingCoordinator(recipe, num_uses, output_dir / f"reports_{rank}.jsonl")
+    coordinator = CountingCoordinator(recipe, plan.num_uses, output_dir / f"reports_{rank}.jsonl", plan.on_report)
     checkpoints = CheckpointWriter(output_dir, recipe, rank, ["slipstream", "test"])
     acked: list[int] = []
     rejections: list[float] = []
@@ -221,7 +240,7 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)
         engine = build_engine(drafter, config)
-        last_losses = restore(engine, Path(resume_from)) if resume_from else []
+        last_losses = restore(engine, resume_from) if resume_from else []
         before = random_states()
         result = TrainingLoop(
             engine=engine,
@@ -239,6 +258,21 @@ def _train_rank(rank: int, recipe: Recipe, resume_from: str | None, num_uses: in
             figures=RunFigures(last_losses),
         ).run()
     return result.model_dump() | {"acked": acked, "rejections": rejections, "drew_randomly": random_states() != before}
+
+
+@contextlib.contextmanager
+def open_engine(recipe: Recipe) -> Iterator[Any]:
+    """The engine of a run's only rank, in this process, with nothing trained."""
+    from trainer.distributed import DTYPES, build_engine, library_output_to, open_store, process_group, training_device
+    from trainer.training import load_libraries, new_drafter
+
+    config = recipe.trainer
+    load_libraries(config)
+    with (
+        library_output_to(recipe.output_dir / "logs" / "rank_0.log"),
+        process_group(open_store("127.0.0.1", 1), 0, config, training_device(config)),
+    ):
+        yield build_engine(new_drafter(recipe).to(DTYPES[config.precision]), config)
 
 
 def random_states() -> list[Any]:
@@ -268,6 +302,7 @@ def train_group(
     resume_from: Path | None = None,
     *,
     num_uses: int | None = None,
+    on_report: Callable[[int], None] | None = None,
     watch: Callable[[int], None] | None = None,
 ) -> Any:
     """Train with all ranks; returns their results by rank.
@@ -276,15 +311,14 @@ def train_group(
         recipe: The run's.
         resume_from: A checkpoint.
         num_uses: Uses of the whole plan; None fills every step.
+        on_report: Called in each rank's process after a step, before its checkpoint.
         watch: Called while the ranks run, which then start from nothing, with this process's id.
     """
     context = multiprocessing.get_context("spawn") if watch else fork_context()
     ports, results = context.Queue(), context.Queue()
-    resume = str(resume_from) if resume_from else None
+    plan = Plan(recipe, resume_from, num_uses, on_report)
     ranks = range(recipe.trainer.world_size)
-    processes = [
-        context.Process(target=train_rank, args=(rank, recipe, resume, num_uses, ports, results)) for rank in ranks
-    ]
+    processes = [context.Process(target=train_rank, args=(rank, plan, ports, results)) for rank in ranks]
     for process in processes:
         process.start()
     try:

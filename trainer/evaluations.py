@@ -13,6 +13,7 @@ from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
 from services.logs import LogPlace
 from services.placement import Ask
+from trainer.checkpoint import mark_best
 from trainer.cluster import Part, check_fits, result_of, start_part, wait_started
 from trainer.output import replace_text
 from trainer.recipe import Recipe
@@ -25,7 +26,7 @@ class Evaluations:
     """Decodes held-out prompts with checkpoints, one after the other, beside the training.
 
     Results are kept as JSON lines in the output directory, so that a resumed run measures nothing twice. Those of other
-    settings count for nothing: τ of other prompts, or of other lengths, cannot be compared.
+    settings count for nothing: τ of other prompts, or of other lengths, cannot be compared. `step_best` follows them.
     """
 
     def __init__(self, recipe: Recipe, target_folder: str, log: Path, place: LogPlace | None = None) -> None:
@@ -126,3 +127,4 @@ class Evaluations:
             {"settings": self._settings, "report": report.model_dump(mode="json")} for report in self._reports.values()
         )
         replace_text(self._log, "".join(json.dumps(entry) + "\n" for entry in entries))
+        mark_best(self._log.parent, {label: report.accepted_length for label, report in self._reports.items()})

@@ -17,7 +17,7 @@ neither a resume nor a change of ranks alters what is drawn.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ FOLDER = "training_state"
 FIGURES = "state.json"
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHTS, *MOMENTS)
 
 
 class TrainingFigures(Record):
@@ -58,27 +59,35 @@ class Trainable(NamedTuple):
     parameter: nn.Parameter
 
 
-def write_state(engine: Any, checkpoint: Path, *, step: int, last_losses: tuple[float, ...]) -> None:
-    """Write the state of an engine into a checkpoint's folder. All ranks call it; rank 0 writes.
+def gather(engine: Any, kind: str) -> dict[str, Tensor]:
+    """All tensors of one kind, float32 on the CPU of rank 0; nothing on the others, which must call it, too."""
+    whole: dict[str, Tensor] = {}
+    for name, parameter in trainable(engine.module):
+        tensor = _gather(engine, parameter, kind)
+        if dist.get_rank() == 0:
+            whole[name] = tensor.detach().float().cpu().contiguous()
+    return whole
+
+
+def write_tensors(checkpoint: Path, kind: str, tensors: dict[str, Tensor]) -> None:
+    """Write what rank 0 gathered of one kind.
 
     Raises:
         OSError: It cannot be written.
         SafetensorError: Likewise.
     """
-    folder, is_writer = checkpoint / FOLDER, dist.get_rank() == 0
-    if is_writer:
-        folder.mkdir()
-    for kind in (WEIGHTS, *MOMENTS):
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in trainable(engine.module):
-            whole = _gather(engine, parameter, kind)
-            if is_writer:
-                tensors[name] = whole.detach().float().cpu().contiguous()
-        if is_writer:
-            save_file(tensors, _file(folder, kind))
-    if is_writer:
-        figures = TrainingFigures(step=step, updates=_updates(engine), last_losses=last_losses)
-        (folder / FIGURES).write_text(figures.model_dump_json() + "\n", encoding="utf-8")
+    (checkpoint / FOLDER).mkdir(exist_ok=True)
+    save_file(tensors, _file(checkpoint / FOLDER, kind))
+
+
+def write_figures(checkpoint: Path, engine: Any, *, step: int, last_losses: Sequence[float]) -> None:
+    """Write what is no tensor; rank 0 alone calls it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    figures = TrainingFigures(step=step, updates=_updates(engine), last_losses=tuple(last_losses))
+    (checkpoint / FOLDER / FIGURES).write_text(figures.model_dump_json() + "\n", encoding="utf-8")
 
 
 def read_state(engine: Any, checkpoint: Path) -> TrainingFigures:
@@ -91,7 +100,7 @@ def read_state(engine: Any, checkpoint: Path) -> TrainingFigures:
     figures = read_figures(checkpoint)
     _make_moments(engine, figures.updates)
     parameters = trainable(engine.module)
-    for kind in (WEIGHTS, *MOMENTS):
+    for kind in KINDS:
         path = _file(folder, kind)
         with _opened(path) as tensors:
             _check_names(path, tensors.keys(), [name for name, _ in parameters])

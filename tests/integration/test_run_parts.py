@@ -14,6 +14,7 @@ import ray
 from evaluation.report import Report
 from services.errors import PlacementError, PromptError, SlipstreamError
 from services.placement import Ask
+from trainer.checkpoint import best_checkpoint
 from trainer.cluster import check_fits, result_of, start_part, wait_started
 from trainer.evaluations import Evaluations
 from trainer.recipe import Recipe
@@ -107,17 +108,32 @@ def test_failed_evaluator_says_why_and_can_be_asked_again(tmp_path: Path) -> Non
     evaluations.close()
 
 
+def make_report(checkpoint: Path, accepted_length: float = 0) -> Report:
+    return Report.model_validate(
+        dict.fromkeys(Report.model_fields, 0) | {
+            "label": checkpoint.name, "checkpoint": str(checkpoint), "accepted_length": accepted_length,
+            "interval": (1, 2), "accept_rate": (), "cond_accept_rate": (), "lossless": None, "first_divergence": None,
+        }
+    )  # fmt: skip
+
+
+def test_best_measured_checkpoint_is_pointed_to(tmp_path: Path) -> None:
+    evaluations = Evaluations(make_recipe(), "target", tmp_path / "evaluations.jsonl")
+    for step, accepted_length in ((0, 1.0), (3, 2.5), (6, 2.25)):
+        (tmp_path / f"step_{step}").mkdir()
+        evaluations._reports[f"step_{step}"] = make_report(tmp_path / f"step_{step}", accepted_length)
+        evaluations._write()
+    assert best_checkpoint(tmp_path) == tmp_path / "step_3"
+
+
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
     log, checkpoint = tmp_path / "evaluations.jsonl", tmp_path / "step_0"
-    report = dict.fromkeys(Report.model_fields, 0) | {
-        "label": "step_0", "checkpoint": str(checkpoint), "interval": (1, 2), "accept_rate": (), "cond_accept_rate": (),
-        "lossless": None, "first_divergence": None,
-    }  # fmt: skip
+    report = make_report(checkpoint)
     evaluations = Evaluations(make_recipe(), "target", log)
-    evaluations._reports["step_0"] = Report.model_validate(report)
+    evaluations._reports["step_0"] = report
     evaluations._write()
     same, other = Evaluations(make_recipe(), "target", log), Evaluations(make_recipe(max_new_tokens=9), "target", log)
-    assert same.report(checkpoint) == Report.model_validate(report)
+    assert same.report(checkpoint) == report
     assert other.report(checkpoint) is None
     same.request(checkpoint, [[1]])
     assert same.is_idle, "measured already"

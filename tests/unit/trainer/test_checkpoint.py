@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from services.errors import CheckpointError
-from trainer.checkpoint import checkpoint_step, latest_checkpoint, prune, publish, start_partial
+from trainer.checkpoint import (
+    LOCK,
+    best_checkpoint,
+    checkpoint_step,
+    latest_checkpoint,
+    mark_best,
+    prune,
+    publish,
+    start_partial,
+)
 
 
 def write(output_dir: Path, step: int, content: str = "weights", *, latest: bool = True) -> Path:
@@ -17,7 +26,7 @@ def write(output_dir: Path, step: int, content: str = "weights", *, latest: bool
 
 
 def names(output_dir: Path) -> set[str]:
-    return {path.name for path in output_dir.iterdir()}
+    return {path.name for path in output_dir.iterdir()} - {LOCK}
 
 
 def test_new_directory_has_no_checkpoint(tmp_path: Path) -> None:
@@ -83,6 +92,57 @@ def test_prune_removes_what_killed_attempts_left(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     prune(tmp_path, 1)
     assert names(tmp_path) == {"step_3", "step_latest", ".lock"}
+
+
+def test_what_killed_attempts_left_is_gone_before_the_next_checkpoint_needs_the_room(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    start_partial(tmp_path, 2)
+    (tmp_path / ".replaced_step_3").mkdir()
+    start_partial(tmp_path, 6)
+    assert names(tmp_path) == {"step_3", "step_latest", ".step_6"}
+
+
+def test_replaced_checkpoint_comes_back_if_the_other_did_not_take_its_place(tmp_path: Path) -> None:
+    # Killed between the two renames of a checkpoint that takes the place of the latest one.
+    write(tmp_path, 3)
+    (tmp_path / "step_3").rename(tmp_path / ".replaced_step_3")
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_3"
+    (tmp_path / "step_3").rename(tmp_path / ".replaced_step_3")
+    write(tmp_path, 6)
+    assert names(tmp_path) == {"step_3", "step_6", "step_latest"}
+
+
+def test_best_is_the_longest_accepted_length_of_those_still_there(tmp_path: Path) -> None:
+    assert mark_best(tmp_path, {}) is None
+    assert best_checkpoint(tmp_path) is None
+    write(tmp_path, 0, latest=False)
+    for step in (3, 6, 9):
+        write(tmp_path, step)
+    measured = {"step_0": 9.0, "step_2": 9.0, "step_3": 2.5, "step_6": 2.75, "step_9": 2.75}
+    assert mark_best(tmp_path, measured) == best_checkpoint(tmp_path) == tmp_path / "step_9"
+    assert os.readlink(tmp_path / "step_best") == "step_9"
+    assert mark_best(tmp_path, measured | {"step_3": 3.0}) == best_checkpoint(tmp_path) == tmp_path / "step_3"
+    assert mark_best(tmp_path, {"step_0": 9.0}) is None
+    assert best_checkpoint(tmp_path) == tmp_path / "step_3"
+
+
+def test_prune_keeps_the_best(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    mark_best(tmp_path, {"step_2": 2.5, "step_4": 2.0})
+    assert prune(tmp_path, 1) == [tmp_path / "step_4"]
+    assert names(tmp_path) == {"step_2", "step_6", "step_latest", "step_best"}
+    write(tmp_path, 8)
+    mark_best(tmp_path, {"step_2": 2.5, "step_8": 3.0})
+    assert prune(tmp_path, 1) == [tmp_path / "step_2", tmp_path / "step_6"]
+    assert names(tmp_path) == {"step_8", "step_latest", "step_best"}
+
+
+def test_best_is_unknown_once_another_checkpoint_took_its_place(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    mark_best(tmp_path, {"step_3": 2.5})
+    write(tmp_path, 3, "trained again")
+    assert best_checkpoint(tmp_path) is None
 
 
 def test_dangling_step_latest_is_refused_with_the_way_out(tmp_path: Path) -> None:
