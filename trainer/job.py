@@ -201,18 +201,22 @@ class Job:
         self._observer.phase("filling the replay buffer")
         self._steering.enter("training")
         while self._group.calls:
-            if news := self._keep_redis_alive():
-                self._say("redis", news)
-            done, _ = ray.wait([self._filling, self._attending, *self._group.calls], num_returns=1, timeout=POLL_S)
-            for call in done:
-                self._take_in(call)
-            self._pool.check()
-            for event in self._pool.events():
-                self._observer.report(event)
-            self._observer.look()
-            self._steering.look()
+            self._follow()
             if self._observer.first_step_s is not None and self._start_is_due:
                 self._try_start_evaluation()
+
+    def _follow(self) -> None:
+        """One look at everything, for at most `POLL_S` if nothing happens."""
+        if news := self._keep_redis_alive():
+            self._say("redis", news)
+        done, _ = ray.wait([self._filling, self._attending, *self._group.calls], num_returns=1, timeout=POLL_S)
+        for call in done:
+            self._take_in(call)
+        self._pool.check()
+        for event in self._pool.events():
+            self._observer.report(event)
+        self._observer.look()
+        self._steering.look()
 
     def _take_in(self, call: Any) -> None:
         """Take a call that came back, of which only a rank's should; what lost its process is started again."""
@@ -229,6 +233,8 @@ class Job:
         try:
             self._group.take(call)
         except PartDiedError as error:
+            if self._is_stopping:
+                raise
             self._renew_group(error)
 
     def _revive_shard(self, cause: PartDiedError) -> None:
@@ -293,12 +299,8 @@ class Job:
         self._ask_coordinator("stop_granting")
         deadline_s = time.monotonic() + STOP_DEADLINE_S
         while self._group.calls and time.monotonic() < deadline_s:
-            done, _ = ray.wait(self._group.calls, num_returns=1, timeout=POLL_S)
-            for call in done:
-                self._group.take(call)
-            self._observer.look()
-            self._steering.look()
-        self._observer.drain()
+            self._follow()
+        self._observer.look(now=True)
         if self._group.calls:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
@@ -321,9 +323,9 @@ class Job:
 
     def finish(self) -> Summary:
         """Measure the trained drafter and sum up."""
-        self._observer.look()
+        self._observer.look(now=True)
         ledger, progress = self._ask_coordinator("finish"), self._observer.progress()
-        result, buffer = self._group.results[0], self._table.info()
+        result = self._group.results[0]
         newest = latest_checkpoint(self._output.path)
         if newest is None:
             raise SlipstreamError(
@@ -348,8 +350,8 @@ class Job:
             lossless=end.lossless if end else None,
             tokens_trained=progress.tokens_trained,
             tokens_captured=progress.tokens_captured,
-            peak_buffer_bytes=max(buffer.peak_bytes, self._observer.peak_bytes, self._output.earlier_peak_bytes()),
-            buffer_capacity_bytes=buffer.capacity_bytes,
+            peak_buffer_bytes=max(self._observer.peak_bytes, self._output.earlier_peak_bytes()),
+            buffer_capacity_bytes=int(self._recipe.replay.capacity),
             cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
             trainer_wait_fraction=result.wait_fraction,
             first_step_s=self._observer.first_step_s,

@@ -76,8 +76,11 @@ class Observer:
         self._console.phase(text)
         self._write_figures()
 
-    def look(self) -> None:
+    def look(self, *, now: bool = False) -> None:
         """Read what is new and show it.
+
+        Args:
+            now: Read the figures too, however new the last ones are.
 
         Raises:
             ReplayUnavailableError: Redis has not answered for `REDIS_AWAY_S`.
@@ -87,7 +90,7 @@ class Observer:
         now_s = time.monotonic()
         try:
             self.drain()
-            if now_s >= self._next_figures_s:
+            if now or now_s >= self._next_figures_s:
                 self._next_figures_s = now_s + FIGURES_S
                 self._read_figures(now_s)
                 self._write_figures()
