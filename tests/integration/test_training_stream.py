@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -259,6 +260,12 @@ def test_deterministic_run_repeats_its_losses_through_a_resume(
     write_prompts(Path(recipe.prompts.source))
     _, _, telemetry = train(recipe, redis_url, target_address, attempt=1, max_steps=2)
     parted = losses(telemetry)
+    shutil.copytree(recipe.output_dir, tmp_path / "spread", symlinks=True)
     _, ledger, telemetry = train(recipe, redis_url, target_address, attempt=2)
     assert parted | losses(telemetry) == whole
+    assert (ledger.trained, ledger.not_reached, ledger.balanced) == (16, 5, True)
+
+    recipe = make_recipe(target_folder, tmp_path / "spread", deterministic=True, max_steps=4, world_size=2)
+    _, ledger, telemetry = train(recipe, redis_url, target_address, attempt=2)
+    assert parted | losses(telemetry) == pytest.approx(whole, abs=1e-5)
     assert (ledger.trained, ledger.not_reached, ledger.balanced) == (16, 5, True)
