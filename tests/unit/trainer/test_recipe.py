@@ -301,7 +301,8 @@ def test_identity_ignores_how_a_run_is_spread_but_not_what_is_trained() -> None:
         tree = {"target": {"model": "m"}, "prompts": {"source": "stdlib"}, "trainer": trainer}
         return build_recipe(tree, "test").identity()
 
-    assert identity(world_size=2, num_gpus=0, checkpoint_every=7) == identity()
+    other_ranks = {"world_size": 2, "micro_batch_size": 4, "zero_stage": 2, "precision": "fp32", "num_gpus": 0}
+    assert identity(**other_ranks, checkpoint_every=7) == identity()
     assert identity(global_batch_size=8) != identity()
     assert identity(seed=7) != identity()
 
