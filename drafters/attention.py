@@ -1,10 +1,11 @@
 """Attention of the block-parallel backbone: blocks of γ queries over the context before them and over themselves.
 
 All samples of a batch stand in one row: their context rows end to end, their blocks end to end. A block sees a span of
-context rows, from where its sample begins to right before its anchor, and its own γ rows. On a GPU FlexAttention skips
-the tiles that nobody sees. On a CPU blocks are taken in groups: a group's keys are the context rows that any of its
-blocks sees, which ascending anchors keep close to what each sees; own blocks are small products by themselves, joined
-with the context in one softmax. Backward computes the probabilities again, so scores of one group alone ever exist.
+context rows, from where its sample begins to right before its anchor, and its own γ rows. On a GPU that is one call of
+FlexAttention (`drafters.flex`). On a CPU blocks are taken in groups: a group's keys are the context rows that any of
+its blocks sees, which ascending anchors keep close to what each sees; own blocks are small products by themselves,
+joined with the context in one softmax. Backward computes the probabilities again, so scores of one group alone ever
+exist.
 
 Letters beside those of `drafters.batch`: M blocks, N context rows, H heads, K key heads, R = H / K, d head size.
 """
@@ -12,9 +13,8 @@ Letters beside those of `drafters.batch`: M blocks, N context rows, H heads, K k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,32 +22,17 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from drafters.batch import Span
+from drafters.flex import attend_spans, span_masks, uses_flex
+from drafters.key_values import KeyValues
 
 GROUP_QUERIES = 64
 """Queries that a group has at most. More of them waste work on context that only the later anchors see, fewer on small
 matrix products."""
 
 LN_2 = math.log(2)
-
-TILE = 128
-"""Queries and keys of a FlexAttention tile."""
-
-
-class KeyValues(NamedTuple):
-    """Keys and values of one layer, each [B, key heads, rows, head size]; keys are rotated already."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class Rope(NamedTuple):
-    """Cosine and sine of rotary positions, each [B, rows, head size]."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class BlockGroup(NamedTuple):
@@ -83,8 +68,10 @@ class BlockLayout:
     @classmethod
     def of_spans(cls, spans: Sequence[Span], num_context: int, block_size: int, device: torch.device) -> Self:
         """One span a block. Blocks of a sample have the same start, stand together, and their ends ascend."""
-        if device.type == "cuda":
-            return cls(block_size, mask=flex_mask(spans, num_context, block_size, device))
+        if uses_flex(device):
+            rows = torch.tensor(spans, dtype=torch.int32).reshape(-1, 2)
+            [mask] = span_masks(rows, num_context, block_size, copies=(1,), device=device)
+            return cls(block_size, mask=mask)
         return cls(block_size, tuple(_groups(spans, block_size)))
 
     @classmethod
@@ -108,7 +95,7 @@ def attend_blocks(queries: Tensor, context: KeyValues, block: KeyValues, layout:
     """
     num_blocks = queries.shape[2] // layout.block_size
     if layout.mask is not None:
-        return _attend_on_gpu(queries, context, block, layout.mask, scale)
+        return attend_spans(queries, (context, block), layout.mask, scale)
     if num_blocks == 1 and layout.groups[0].bias is None:
         [group] = layout.groups
         keys, values = (
@@ -255,54 +242,3 @@ def _unstack(stacked: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
 def _by_block(rows: Tensor, block_size: int) -> Tensor:
     """[1, K, M·γ, d] → [K, M, γ, d] float32."""
     return rows[0].float().unflatten(1, (-1, block_size))
-
-
-def flex_mask(spans: Sequence[Span], num_context: int, block_size: int, device: torch.device) -> BlockMask:
-    """The mask of FlexAttention: queries are blocks end to end, keys the context and then the blocks.
-
-    Which tiles hold anything to see follows from the spans, so no mask of single queries and keys is ever built.
-    """
-    num_queries = len(spans) * block_size
-    starts, ends = torch.tensor(spans, dtype=torch.int32).reshape(-1, 2).unbind(1)
-    block_of = torch.arange(num_queries) // block_size
-    tiles = [block_of[first : first + TILE] for first in range(0, num_queries, TILE)]
-    keys = torch.arange(0, num_context + num_queries, TILE)
-    seen, whole = [], []
-    for tile in tiles:
-        context = (keys < ends[tile].max().clamp(max=num_context)) & (keys + TILE > starts[tile].min())
-        own = (keys < num_context + (tile[-1] + 1) * block_size) & (keys + TILE > num_context + tile[0] * block_size)
-        full = (keys >= starts[tile].max()) & (keys + TILE <= ends[tile].min()) & (len(tile) == TILE)
-        seen.append((context | own) & ~full)
-        whole.append(full)
-    starts, ends = starts.to(device), ends.to(device)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block = query // block_size
-        in_context = (key >= starts[block]) & (key < ends[block])
-        return in_context | ((key >= num_context) & ((key - num_context) // block_size == block))
-
-    return BlockMask.from_kv_blocks(
-        *_tile_lists(torch.stack(seen).to(device)),
-        *_tile_lists(torch.stack(whole).to(device)),
-        BLOCK_SIZE=TILE,
-        mask_mod=sees,
-        seq_lengths=(num_queries, num_context + num_queries),
-    )
-
-
-def _tile_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key tiles each query tile has, [1, 1, tiles], and which, [1, 1, tiles, key tiles], the chosen first."""
-    order = chosen.int().argsort(dim=1, descending=True, stable=True)
-    return chosen.sum(1).int()[None, None], order.int()[None, None].contiguous()
-
-
-def _attend_on_gpu(queries: Tensor, context: KeyValues, block: KeyValues, mask: BlockMask, scale: float) -> Tensor:
-    keys, values = (torch.cat([rows, own], dim=2) for rows, own in zip(context, block, strict=True))
-    grouped = queries.shape[1] != keys.shape[1]
-    return _compiled_flex()(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention as a kernel; the numbers of blocks and rows change from batch to batch."""
-    return torch.compile(flex_attention, dynamic=True)

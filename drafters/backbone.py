@@ -11,53 +11,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from drafters.anchors import PackedBlocks, anchor_candidates, block_inputs, block_positions
-from drafters.attention import BlockLayout, KeyValues, Rope, attend_blocks
+from drafters.attention import BlockLayout, attend_blocks
 from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.drafter import Drafter
 from drafters.families.family import Family
-from drafters.families.layer import DraftLayer
-
-FIRST_CACHE_ROWS = 64
-"""Context rows that a drafting cache has room for at first; it doubles as needed."""
+from drafters.families.layer import DraftLayer, Rope
+from drafters.key_values import ContextCache, KeyValues
 
 SCATTERED_OVER = 512
 """Positions that the ``permute_context`` control scatters context rows over."""
-
-
-class ContextCache:
-    """Keys and values of one layer's context rows, growing without copying everything at each append."""
-
-    def __init__(self) -> None:
-        self._room: KeyValues | None = None
-        self._length = 0
-
-    def append(self, rows: KeyValues) -> None:
-        """Add rows [1, key heads, R, head size] at the end."""
-        end = self._length + rows.keys.shape[2]
-        if self._room is None or end > self._room.keys.shape[2]:
-            self._grow(rows, max(FIRST_CACHE_ROWS, 2 * end))
-        assert self._room is not None
-        self._room.keys[:, :, self._length : end] = rows.keys
-        self._room.values[:, :, self._length : end] = rows.values
-        self._length = end
-
-    def rows(self) -> KeyValues:
-        """All rows so far; a view."""
-        assert self._room is not None
-        return KeyValues(self._room.keys[:, :, : self._length], self._room.values[:, :, : self._length])
-
-    def crop(self, length: int) -> None:
-        """Forget all rows but the first ones."""
-        self._length = length
-
-    def _grow(self, like: KeyValues, capacity: int) -> None:
-        old = self._room
-        batch, heads, _, size = like.keys.shape
-        self._room = KeyValues(*(rows.new_empty(batch, heads, capacity, size) for rows in like))
-        if old is not None:
-            self._room.keys[:, :, : self._length] = old.keys[:, :, : self._length]
-            self._room.values[:, :, : self._length] = old.values[:, :, : self._length]
 
 
 @dataclass

@@ -129,6 +129,22 @@ class FeatureBatch:
             raise ValueError(f"{name} is {list(values.shape)}, but there are {num_samples} samples: give one a sample")
         return values.to(self.input_ids.device, torch.float32)
 
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Check that every token id is one of a vocabulary.
+
+        Raises:
+            ValueError: One is not; the message says which, in which sample and at which token.
+        """
+        smallest, largest = self.input_ids.aminmax()
+        if smallest >= 0 and largest < vocab_size:
+            return
+        outside = (self.input_ids < 0) | (self.input_ids >= vocab_size)
+        place = int(outside.flatten().nonzero()[0])
+        raise ValueError(
+            f"token id {int(self.input_ids.flatten()[place])} at {self._describe(place)} is outside the drafter's "
+            f"vocabulary of {vocab_size}: was the batch made with another target's tokenizer?"
+        )
+
     def check_finite(self, last_rows: Tensor) -> None:
         """Check that features which training reads are numbers.
 
@@ -150,11 +166,9 @@ class FeatureBatch:
             return
         name, rows = ("target_hidden_states", context) if context.any() else ("target_last_hidden_states", last)
         place = int(rows.flatten().nonzero()[0])
-        sample = next(index for index, span in enumerate(self.samples) if place < span.end)
-        token = place - self.samples[sample].start
         raise ValueError(
-            f"{name} has NaN or infinite values at {int(rows.sum())} of {rows.numel()} tokens, token {token} of sample "
-            f"{sample} first: the target overflows (try target.dtype bfloat16 or float32), or the features were damaged"
+            f"{name} has NaN or infinite values at {int(rows.sum())} of {rows.numel()} tokens, {self._describe(place)} "
+            "first: the target overflows (try target.dtype bfloat16 or float32), or the features were damaged"
         )
 
     def to(self, device: torch.device | str) -> FeatureBatch:
@@ -168,3 +182,8 @@ class FeatureBatch:
             self.loss_lengths.to(device),
             self.sample_lengths,
         )
+
+    def _describe(self, place: int) -> str:
+        """Where a token stands that is at this place among those of all rows."""
+        sample = next(index for index, span in enumerate(self.samples) if place < span.end)
+        return f"token {place - self.samples[sample].start} of sample {sample}"

@@ -14,7 +14,7 @@ from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.families.family import Family
 from drafters.metrics import Reduce
-from drafters.projection import OutputProjection
+from drafters.projection import OutputProjection, soft_capped
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are argmax."""
@@ -104,21 +104,22 @@ class Drafter(nn.Module, ABC):
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """Logits of rows [..., D] in the target's own terms, capped where the family's are: [..., V]."""
-        logits: Tensor = self.lm_head(hidden)
-        if self.logit_softcap is None:
-            return logits
-        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return soft_capped(self.lm_head(hidden), self.logit_softcap)
 
-    def _check_features(self, batch: FeatureBatch, last_rows: Tensor) -> None:
-        """Check that a batch's features are those of this drafter's layers, and numbers where training reads them.
+    def _check_batch(self, batch: FeatureBatch, last_rows: Tensor) -> None:
+        """Check that a batch's tokens and features are this drafter's, and features numbers where training reads them.
+
+        Token ids are checked on a CPU only: reading them off a GPU would wait for it.
 
         Args:
-            batch: Its features.
+            batch: To be checked.
             last_rows: [B, T] bool, the rows of the target's last hidden state that are read.
 
         Raises:
-            ValueError: They are not; the message says which.
+            ValueError: It has not; the message says what is wrong.
         """
+        if batch.input_ids.device.type == "cpu":
+            batch.check_token_ids(self.config.vocab_size)
         width, layer_ids = self.config.hidden_size, self.settings.target_layer_ids
         assert layer_ids is not None, "settings are resolved"
         wanted = {

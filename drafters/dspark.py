@@ -120,13 +120,13 @@ class DSparkDrafter(BlockBackbone):
 
         Raises:
             TypeError: An unknown loss setting.
-            ValueError: Features of another width, or NaN or infinite where the loss needs them; anchors outside their
-                samples; more or fewer weights than samples.
+            ValueError: Token ids outside the vocabulary; features of another width, or NaN or infinite where the loss
+                needs them; anchors outside their samples; more or fewer weights than samples.
         """
         samples = batch.samples
         loss_masks = [batch.loss_mask.flatten()[slice(*sample)] for sample in samples]
         needed_rows = torch.cat([self.needed_rows(loss_mask) for loss_mask in loss_masks])
-        self._check_features(batch, needed_rows.view(batch.loss_mask.shape))
+        self._check_batch(batch, needed_rows.view(batch.loss_mask.shape))
         reduce = reduce or keep_local
         device = batch.input_ids.device
         alphas = replace(self.loss_settings, **loss_settings)

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from drafters.attention import KeyValues, Rope
-from drafters.backbone import ContextCache
 from drafters.batch import FeatureBatch, Span
 from drafters.config import DrafterConfig
 from drafters.drafter import GREEDY_BELOW, Drafter, Proposal, TrainingOutput
-from drafters.eagle3_attention import attend_steps
+from drafters.eagle3_attention import StepKeys, StepLayout, attend_steps
 from drafters.eagle3_loss import SoftLosses, StepRows, fused_soft_loss, plain_soft_loss
 from drafters.eagle3_rows import PackedRows, Supervision
 from drafters.families.family import Family
-from drafters.families.layer import DraftLayer
+from drafters.families.layer import DraftLayer, Rope
+from drafters.key_values import ContextCache
 from drafters.losses import Vocabulary
 from drafters.metrics import MetricSums, Reduce, keep_local, sample_rejections
 
@@ -111,8 +110,8 @@ class Eagle3Drafter(Drafter):
 
         Raises:
             TypeError: An unknown loss setting.
-            ValueError: Features of another width, or NaN or infinite where the loss needs them; more or fewer weights
-                than samples.
+            ValueError: Token ids outside the vocabulary; features of another width, or NaN or infinite where the loss
+                needs them; more or fewer weights than samples.
         """
         decay = loss_settings.pop("step_loss_decay", self.settings.step_loss_decay)
         if loss_settings:
@@ -125,14 +124,15 @@ class Eagle3Drafter(Drafter):
         supervision = Supervision.of_batch(batch, sample_weights, reach)
         scored = torch.zeros(batch.loss_mask.numel(), dtype=torch.bool, device=supervision.tokens.device)
         scored[supervision.tokens + 1] = True
-        self._check_features(batch, scored.view(batch.loss_mask.shape))
+        self._check_batch(batch, scored.view(batch.loss_mask.shape))
         num_samples, num_ranks = reduce(torch.stack([sample_weights.sum(), sample_weights.new_ones(())]))
 
         if return_logits:
             supervision = supervision.over_everything(batch)
         queries = PackedRows.of_spans(batch, supervision.spans)
         everything = PackedRows.of_spans(batch, [Span(0, span.end) for span in supervision.spans])
-        hidden = self._unroll(batch, everything, queries)
+        layout = StepLayout.of_spans(supervision.spans, self.settings.ttt_length, batch.input_ids.device)
+        hidden = self._unroll(batch, everything, queries, layout)
         shares = sample_weights / (batch.loss_lengths * num_samples.clamp_min(SMALLEST_COUNT)) * importance_weights
         weights = shares[supervision.samples]
         steps = []
@@ -229,13 +229,16 @@ class Eagle3Drafter(Drafter):
     def _draft_layers(self) -> Iterable[DraftLayer]:
         return cast(Iterable[DraftLayer], self.layers)
 
-    def _unroll(self, batch: FeatureBatch, everything: PackedRows, queries: PackedRows) -> list[Tensor]:
+    def _unroll(
+        self, batch: FeatureBatch, everything: PackedRows, queries: PackedRows, layout: StepLayout
+    ) -> list[Tensor]:
         """What the layers put out at each step.
 
         Args:
             batch: Features and token ids.
             everything: Rows that have keys at step 0.
             queries: The last of these in each sample, W in all.
+            layout: Which rows see which.
 
         Returns:
             S times [1, W, D].
@@ -243,28 +246,20 @@ class Eagle3Drafter(Drafter):
         kept = everything.find(queries.tokens)
         hidden: Tensor = self.fc(batch.target_hidden_states.flatten(0, 1).to(self.fc.weight.dtype))[None]
         hidden = hidden[:, everything.tokens]
-        seen: list[list[list[KeyValues]]] = [[] for _ in self.layers]
+        seen = [StepKeys(layout) for _ in self.layers]
         outputs = []
         for step in range(self.settings.ttt_length):
             # At step 0 every position has keys, and so enters; what follows is the queries' alone.
             entering = queries if step else everything
             embedded = self.embed_tokens(entering.shifted_ids(batch, step + 1))
             rope = self._rope(hidden, entering.places + step)
-            for layer, steps in zip(self._draft_layers, seen, strict=True):
+            for layer, keys in zip(self._draft_layers, seen, strict=True):
                 rows = _wide_rows(layer, embedded, hidden)
-                steps.append(_by_sample(layer.self_attn.keys_values(rows, rope), entering.lengths))
+                keys.append(layer.self_attn.keys_values(rows, rope))
                 if hidden.shape[1] > len(kept):
                     rows, hidden, rope = rows[:, kept], hidden[:, kept], Rope(rope.cos[:, kept], rope.sin[:, kept])
-                attended = [
-                    attend_steps(own, first, later, layer.self_attn.scaling)
-                    for own, (first, *later) in zip(
-                        layer.self_attn.queries(rows, rope).split(queries.lengths, dim=2),
-                        zip(*steps, strict=True),
-                        strict=True,
-                    )
-                    if own.shape[2]
-                ]
-                hidden = layer.finish(hidden, layer.self_attn.output(torch.cat(attended, dim=2)))
+                attended = keys.attend(layer.self_attn.queries(rows, rope), layer.self_attn.scaling)
+                hidden = layer.finish(hidden, layer.self_attn.output(attended))
             outputs.append(hidden)
         return outputs
 
@@ -287,11 +282,6 @@ class Eagle3Drafter(Drafter):
 def _wide_rows(layer: DraftLayer, embedded: Tensor, hidden: Tensor) -> Tensor:
     """What q, k and v project, [..., 2D]."""
     return torch.cat([layer.input_layernorm(embedded), layer.get_submodule("hidden_norm")(hidden)], dim=-1)
-
-
-def _by_sample(packed: KeyValues, lengths: list[int]) -> list[KeyValues]:
-    """Keys and values of each sample."""
-    return [KeyValues(*pair) for pair in zip(*(rows.split(lengths, dim=2) for rows in packed), strict=True)]
 
 
 def _add_metrics(

@@ -5,6 +5,9 @@ At step i the query at position p sees step 0's keys at positions 0…p and, of 
 same as two pieces that share one softmax: causal attention with its log-sum-exp, block of queries by block of queries,
 and a single score for each later step. No scores or probabilities outlive their block, forward or backward.
 
+`StepKeys` attends samples that stand end to end in one row: on a GPU all at once, in one call of FlexAttention a step
+(`drafters.flex`); elsewhere one sample after another through `attend_steps`.
+
 Letters: B batch, H query heads, K key heads, G = H / K, T positions of step 0, R ≤ T queries, at the last R of these,
 d head size, C queries of a block, E positions up to its end.
 """
@@ -12,16 +15,80 @@ d head size, C queries of a block, E positions up to its end.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
-from drafters.attention import KeyValues
+from drafters.batch import Span
+from drafters.flex import attend_spans, span_masks, uses_flex
+from drafters.key_values import KeyValues
 
 BLOCK_QUERIES = 64
 """Queries of a block: its scores over 4096 keys are 1 MB a head. Keys after its last query are left out."""
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Who sees what at each step; built once a batch and shared by all layers.
+
+    Rows that are attended together are a group: one sample, or with FlexAttention all of them.
+
+    Attributes:
+        num_keys: Step 0's keys of each group.
+        num_queries: Queries of each group, which are also its keys of each later step.
+        masks: For FlexAttention, one a step; None where groups are samples.
+    """
+
+    num_keys: tuple[int, ...]
+    num_queries: tuple[int, ...]
+    masks: tuple[BlockMask, ...] | None = None
+
+    @classmethod
+    def of_spans(cls, spans: Sequence[Span], num_steps: int, device: torch.device) -> Self:
+        """One span a sample: positions that have queries. Step 0 has keys from position 0 to the span's end."""
+        num_keys = tuple(span.end for span in spans)
+        num_queries = tuple(span.end - span.start for span in spans)
+        if not uses_flex(device):
+            return cls(num_keys, num_queries)
+        total_keys, total_queries = sum(num_keys), sum(num_queries)
+        masks = span_masks(_seen_at_step_0(spans), total_keys, 1, copies=range(num_steps), device=device)
+        return cls((total_keys,), (total_queries,), tuple(masks))
+
+
+class StepKeys:
+    """Keys and values of one layer, and what its queries make of them, step by step."""
+
+    def __init__(self, layout: StepLayout) -> None:
+        self._layout = layout
+        self._steps: list[list[KeyValues]] = []
+
+    def append(self, rows: KeyValues) -> None:
+        """Add the next step's rows, [1, K, rows, d]: those of all keys at step 0, later those of the queries."""
+        lengths = list(self._layout.num_queries if self._steps else self._layout.num_keys)
+        groups = zip(*(each.split(lengths, dim=2) for each in rows), strict=True)
+        self._steps.append([KeyValues(*group) for group in groups])
+
+    def attend(self, queries: Tensor, scale: float) -> Tensor:
+        """Softmax attention at the newest step.
+
+        Args:
+            queries: [1, H, rows, d], rotated.
+            scale: Multiplies the scores.
+
+        Returns:
+            [1, H, rows, d].
+        """
+        if self._layout.masks is not None:
+            return attend_spans(
+                queries, [rows for [rows] in self._steps], self._layout.masks[len(self._steps) - 1], scale
+            )
+        groups = zip(queries.split(list(self._layout.num_queries), dim=2), zip(*self._steps, strict=True), strict=True)
+        attended = [attend_steps(own, first, later, scale) for own, (first, *later) in groups if own.shape[2]]
+        return torch.cat(attended, dim=2)
 
 
 def attend_steps(queries: Tensor, first: KeyValues, later: Sequence[KeyValues], scale: float) -> Tensor:
@@ -59,6 +126,15 @@ def attend_plainly(queries: Tensor, first: KeyValues, later: Sequence[KeyValues]
     keys, values = (rows.repeat_interleave(num_heads // rows.shape[1], dim=1) for rows in (keys, values))
     scores = (queries @ keys.transpose(-1, -2)).float() * scale
     return torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).to(queries.dtype) @ values
+
+
+def _seen_at_step_0(spans: Sequence[Span]) -> Tensor:
+    """Step 0's packed keys that each query sees: the first, and one past the last, its own. [rows, 2] int32."""
+    num_keys = torch.tensor([span.end for span in spans])
+    num_queries = torch.tensor([span.end - span.start for span in spans])
+    starts = (num_keys.cumsum(0) - num_keys).repeat_interleave(num_queries)
+    places = torch.cat([torch.arange(*span) for span in spans])
+    return torch.stack([starts, starts + places + 1], dim=1).int()
 
 
 class _CausalAttention(torch.autograd.Function):

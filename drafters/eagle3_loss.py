@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from drafters.fused_loss import chunk_rows
+from drafters.fused_loss import chunk_rows, float_logits
 from drafters.losses import Vocabulary
 
 CHUNKS = 2
@@ -86,7 +86,8 @@ def fused_soft_loss(
 ) -> tuple[Tensor, list[SoftLosses]]:
     """Weighted loss of all steps and its terms, with gradients for the steps' hidden states.
 
-    Backward can run once: it hands out gradients that forward made.
+    Backward can run once: it hands out gradients that forward made. They are made before a loss scale is known, so none
+    can lift what float16 rounds to zero: train in bf16 or float32, the precisions that a recipe has.
 
     Args:
         steps: Rows of each step; rows of weight 0 cost as much as others, so leave them out.
@@ -130,7 +131,7 @@ class _FusedSoftLoss(torch.autograd.Function):
         edges = torch.tensor([*starts, len(target_states)], device=target_states.device)
         bounds = torch.stack([torch.searchsorted(step.targets, edges) for step in steps]).tolist()
         for index, start in enumerate(starts):
-            target_logits = _float_logits(target_states[start : start + size], vocabulary)
+            target_logits = float_logits(target_states[start : start + size], vocabulary)
             choices = target_logits.argmax(1)
             target = torch.softmax(target_logits, dim=1)
             del target_logits
@@ -172,7 +173,7 @@ def _chunk_terms(
 
     Two [C, V] tensors are all there is, a third with a soft-cap: the draft's is overwritten step by step.
     """
-    logits = _float_logits(step.hidden[rows], vocabulary)
+    logits = float_logits(step.hidden[rows], vocabulary)
     top, choice = logits.max(dim=1, keepdim=True)
     expected = torch.einsum("cv,cv->c", target, logits)
     slope = 1 - (logits / vocabulary.softcap).square_() if vocabulary.softcap and by_hidden is not None else None
@@ -187,11 +188,3 @@ def _chunk_terms(
             by_logits.mul_(slope)
         torch.mm(by_logits.to(vocabulary.head.dtype), vocabulary.head, out=by_hidden[rows])
     return torch.stack([cross_entropy, acceptance, choice.squeeze(1) == choices])
-
-
-def _float_logits(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Float32 logits of a chunk, capped: [C, D] → [C, V]."""
-    logits = functional.linear(hidden.to(vocabulary.head.dtype), vocabulary.head).float()
-    if vocabulary.softcap:
-        logits.div_(vocabulary.softcap).tanh_().mul_(vocabulary.softcap)
-    return logits

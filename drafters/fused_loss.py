@@ -32,7 +32,8 @@ GPU_CHUNK_BYTES = 512 * 1024**2
 def fused_loss(rows: RowInputs, vocabulary: Vocabulary) -> tuple[Tensor, RowLosses]:
     """Weighted loss of rows and its terms, with gradients for hidden states, latents and W2.
 
-    Backward can run once: it hands out gradients that forward made.
+    Backward can run once: it hands out gradients that forward made. They are made before a loss scale is known, so none
+    can lift what float16 rounds to zero: train in bf16 or float32, the precisions that a recipe has.
 
     Args:
         rows: N rows; those of weight 0 cost as much as others, so leave them out.
@@ -56,6 +57,14 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Rows of a chunk."""
     num_bytes = GPU_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
     return max(1, num_bytes // (4 * vocab_size))
+
+
+def float_logits(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Float32 logits of a chunk without a Markov bias, capped in place: [C, D] → [C, V]."""
+    logits = functional.linear(hidden.to(vocabulary.head.dtype), vocabulary.head).float()
+    if vocabulary.softcap:
+        logits.div_(vocabulary.softcap).tanh_().mul_(vocabulary.softcap)
+    return logits
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -149,9 +158,7 @@ def _chunk_losses(rows: RowInputs, vocabulary: Vocabulary, chunk: slice, gradien
     cross_entropy = -draft.gather(1, labels)
     draft.exp_()
 
-    target_logits = functional.linear(rows.target_states[chunk].to(vocabulary.head.dtype), vocabulary.head).float()
-    if vocabulary.softcap:
-        target_logits.div_(vocabulary.softcap).tanh_().mul_(vocabulary.softcap)
+    target_logits = float_logits(rows.target_states[chunk], vocabulary)
     difference = torch.softmax(target_logits, dim=1).neg_().add_(draft)
     del target_logits
     l1 = difference.abs().sum(1, keepdim=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.metrics import Reduce
+from drafters.projection import soft_capped
 
 WEIGHT_EPSILON = 1e-6
 """Added to the summed slot weights, so that a batch without supervision has loss 0."""
@@ -65,7 +66,7 @@ class Vocabulary:
 
     def draft_logits(self, hidden: Tensor, latent: Tensor | None) -> Tensor:
         """[N, D] and [N, r] → [N, V] float32. The Markov bias is not capped."""
-        logits = self._capped(functional.linear(hidden, self.head).float())
+        logits = soft_capped(functional.linear(hidden, self.head).float(), self.softcap)
         if self.markov is not None and latent is not None:
             logits = logits + functional.linear(latent, self.markov)
         return logits
@@ -73,10 +74,7 @@ class Vocabulary:
     @torch.no_grad()
     def target_logits(self, states: Tensor) -> Tensor:
         """[N, D] rows of the target's last hidden state, of any floating dtype → [N, V] float32."""
-        return self._capped(functional.linear(states.to(self.head.dtype), self.head).float())
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+        return soft_capped(functional.linear(states.to(self.head.dtype), self.head).float(), self.softcap)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,3 +26,8 @@ class OutputProjection(nn.Linear):
         forward and its backward.
         """
         return cast(Tensor, self(None))
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c · tanh(logits / c); the logits themselves without a cap c."""
+    return cap * torch.tanh(logits / cap) if cap else logits

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from drafters.attention import KeyValues, Rope
+from drafters.key_values import KeyValues
+
+
+class Rope(NamedTuple):
+    """Cosine and sine of rotary positions, each [B, rows, head size]."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class DraftAttention(nn.Module):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from transformers import Qwen3Config
 
-from drafters import FeatureBatch, build_drafter
+from drafters import FeatureBatch, attention, build_drafter, eagle3_attention, flex
 from drafters.config import settings_of
 
 HIDDEN, VOCAB, LAYER_IDS = 16, 23, (0, 2, 4)
@@ -68,3 +69,13 @@ def make_batch():
         )
 
     return make
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """Drafters take the GPU's path on a CPU: FlexAttention uncompiled, which differentiates if it is let."""
+    monkeypatch.setattr(flex, "_compiled_flex", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *rows: None)
+    monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", {"flex_attention_performance"})
+    for module in (attention, eagle3_attention):
+        monkeypatch.setattr(module, "uses_flex", lambda device: True)

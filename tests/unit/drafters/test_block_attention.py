@@ -1,10 +1,9 @@
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from drafters import attention
-from drafters.attention import GROUP_QUERIES, BlockLayout, KeyValues, attend_blocks, flex_mask
+from drafters.attention import GROUP_QUERIES, BlockLayout, attend_blocks
 from drafters.batch import Span
+from drafters.key_values import KeyValues
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -104,37 +103,19 @@ def test_groups_take_blocks_of_one_sample_and_no_context_beyond_their_last_ancho
     assert groups[2].bias is None
 
 
-SHAPES = [[(300, 70)], [(130, 40), (700, 40), (5, 2)], [(20, 1)]]
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("samples", SHAPES)
-def test_flex_attention_computes_the_same(samples, monkeypatch):
-    """Uncompiled and forward only: all that FlexAttention does on a CPU."""
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize("samples", [[(300, 70)], [(130, 40), (700, 40), (5, 2)], [(20, 1)]])
+def test_flex_attention_computes_the_same(samples, key_heads, eager_flex):
     torch.manual_seed(2)
     spans, num_context = random_spans(*samples)
-    rows = random_rows(len(spans), num_context)
-    queries, context, block = rows[0].detach(), *(KeyValues(*(x.detach() for x in both)) for both in rows[1:])
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-    layout = BlockLayout(BLOCK, mask=flex_mask(spans, num_context, BLOCK, CPU))
+    queries, context, block = random_rows(len(spans), num_context, key_heads=key_heads)
+    layout = BlockLayout.of_spans(spans, num_context, BLOCK, CPU)
+    assert layout.mask is not None
     ours = attend_blocks(queries, context, block, layout, 0.3)
-    torch.testing.assert_close(ours, plain_attention(queries, context, block, spans, 0.3), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("samples", SHAPES)
-def test_flex_tiles_are_those_that_the_mask_of_single_keys_gives(samples):
-    torch.manual_seed(2)
-    spans, num_context = random_spans(*samples)
-    mask = flex_mask(spans, num_context, BLOCK, CPU)
-    num_queries = len(spans) * BLOCK
-    expected = create_block_mask(mask.mask_mod, 1, 1, num_queries, num_context + num_queries, device="cpu")
-    assert tiles_of(mask.kv_num_blocks, mask.kv_indices) == tiles_of(expected.kv_num_blocks, expected.kv_indices)
-    assert tiles_of(mask.full_kv_num_blocks, mask.full_kv_indices) == tiles_of(
-        expected.full_kv_num_blocks, expected.full_kv_indices
-    )
-
-
-def tiles_of(counts, indices):
-    return {
-        (row, key) for row, count in enumerate(counts[0, 0].tolist()) for key in indices[0, 0, row, :count].tolist()
-    }
+    theirs = plain_attention(queries, context, block, spans, 0.3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    leaves, direction = (queries, *context, *block), torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, leaves, direction), torch.autograd.grad(theirs, leaves, direction), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)

@@ -94,6 +94,29 @@ def test_fused_and_plain_path_agree(target, num_draft_layers):
     assert [name for name, gradient in fused_gradients.items() if gradient.abs().max() == 0] == []
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("num_draft_layers", [1, 2])
+def test_flex_attention_trains_the_same(target, num_draft_layers, request):
+    """GQA in all, capped logits in Gemma-4."""
+    drafter, batch = make_drafter(target, num_draft_layers=num_draft_layers), make_batch(20, 6, 14)
+    by_sample, their_gradients = train(drafter, batch)
+    request.getfixturevalue("eager_flex")
+    at_once, gradients = train(drafter, batch)
+    torch.testing.assert_close(at_once.loss, by_sample.loss)
+    assert at_once.metrics == pytest.approx(by_sample.metrics, rel=1e-5)
+    assert_same_gradients(gradients, their_gradients)
+
+
+@pytest.mark.parametrize(("token_id", "place"), [(VOCAB, (1, 3)), (-1, (0, 0))])
+def test_token_outside_the_vocabulary_is_refused_by_name(token_id, place):
+    drafter, batch = make_drafter(), make_batch(20, 14)
+    batch.input_ids[place] = token_id
+    with pytest.raises(
+        ValueError, match=f"token id {token_id} at token {place[1]} of sample {place[0]} is outside .* of 23"
+    ):
+        drafter.training_forward(batch)
+
+
 def test_training_equals_drafting_by_hand_over_all_positions():
     """The unrolled steps against a plain loop: full keys side by side, one position after another."""
     drafter, batch = make_drafter(), make_batch(9)

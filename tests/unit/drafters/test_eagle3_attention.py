@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from drafters import eagle3_attention
-from drafters.attention import KeyValues
-from drafters.eagle3_attention import attend_plainly, attend_steps
+from drafters.batch import Span
+from drafters.eagle3_attention import StepKeys, StepLayout, attend_plainly, attend_steps
+from drafters.key_values import KeyValues
 
 HEADS, KEY_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 
@@ -61,3 +62,56 @@ def test_very_large_scores_stay_finite():
     output.sum().backward()
     assert output.isfinite().all()
     assert queries.grad.isfinite().all()
+
+
+def packed_rows(heads, count):
+    return torch.randn(1, heads, count, SIZE).requires_grad_()
+
+
+def run_packed(layout, queries, steps):
+    keys, outputs = StepKeys(layout), []
+    for own, rows in zip(queries, steps, strict=True):
+        keys.append(rows)
+        outputs.append(keys.attend(own, SCALE))
+    return outputs
+
+
+PACKED = [
+    [Span(0, 1)],
+    [Span(0, 300)],
+    [Span(0, 20), Span(0, 1), Span(3, 4), Span(0, 0), Span(117, 250), Span(0, 140)],
+]
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("spans", PACKED)
+def test_flex_attention_of_a_packed_row_equals_sample_after_sample(spans, key_heads, request):
+    torch.manual_seed(len(spans))
+    num_steps, device = 4, torch.device("cpu")
+    num_keys, num_queries = sum(span.end for span in spans), sum(span.end - span.start for span in spans)
+    queries = [packed_rows(HEADS, num_queries) for _ in range(num_steps)]
+    counts = [num_keys] + [num_queries] * (num_steps - 1)
+    steps = [KeyValues(packed_rows(key_heads, count), packed_rows(key_heads, count)) for count in counts]
+    by_sample = StepLayout.of_spans(spans, num_steps, device)
+    request.getfixturevalue("eager_flex")
+    at_once = StepLayout.of_spans(spans, num_steps, device)
+    assert by_sample.masks is None
+    assert len(at_once.masks) == num_steps
+
+    leaves = [*queries, *(rows for step in steps for rows in step)]
+    directions = [torch.randn_like(own) for own in queries]
+    results = []
+    for layout in (at_once, by_sample):
+        outputs = run_packed(layout, queries, steps)
+        total = sum((output * direction).sum() for output, direction in zip(outputs, directions, strict=True))
+        results.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_packed_row_do_not_see_each_other():
+    spans = [Span(0, 3), Span(2, 6)]
+    queries, steps = packed_rows(HEADS, 7), [KeyValues(packed_rows(2, 9), packed_rows(2, 9))]
+    [output] = run_packed(StepLayout.of_spans(spans, 1, torch.device("cpu")), [queries], steps)
+    second = KeyValues(*(rows[:, :, 3:] for rows in steps[0]))
+    torch.testing.assert_close(output[:, :, 3:], attend_plainly(queries[:, :, 3:], second, (), SCALE))

@@ -23,7 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from drafters import FeatureBatch, build_drafter
-from drafters.attention import Rope
+from drafters.families.layer import Rope
 from drafters.registry import find_family
 
 SIZES = {
