@@ -185,10 +185,15 @@ class Sample(Record):
     """Address of the target that captured it."""
 
 
-class SampleLease(Record):
-    """Permission for one rank to use one sample once; ended by `ack` or `release`, or by its deadline."""
+class LeaseName(Record):
+    """A lease by its name alone: all that ending it takes."""
 
     lease_id: str
+
+
+class SampleLease(LeaseName):
+    """Permission for one rank to use one sample once; ended by `ack` or `release`, or by its deadline."""
+
     use: int
     """Number of the use in the plan."""
     k: int

@@ -120,6 +120,24 @@ class ReplayUnavailableError(ReplayError):
     status = "UNAVAILABLE"
 
 
+class ReplayRequestError(ReplayError):
+    """A message to the replay service asks for what cannot be, or is none."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class ReplayAccessError(ReplayUnavailableError):
+    """A replay service and its caller do not agree on token or TLS."""
+
+    status = "UNAUTHENTICATED"
+
+
+class ReplayBusyError(ReplayUnavailableError):
+    """A replay service has as many calls at once as it takes; it is well, and will take this one later."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
 class TableLostError(ReplayError):
     """The table is not in Redis: it was never created there, or Redis restarted empty."""
 

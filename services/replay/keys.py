@@ -27,6 +27,16 @@ import redis
 SCAN_COUNT = 1000
 
 
+def sample_key(prefix: str, capture: int) -> str:
+    """Key of what is kept of one sample."""
+    return f"{prefix}:sample:{capture}"
+
+
+def outcomes_key(prefix: str) -> str:
+    """Key of the list of outcomes."""
+    return f"{prefix}:outcomes"
+
+
 def chunk_key(prefix: str, capture: int, attempt: int, index: int) -> str:
     """Key of one chunk's payload."""
     return f"{prefix}:chunk:{capture}:{attempt}:{index}"

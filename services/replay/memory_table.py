@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from typing_extensions import Buffer, override
 
-from services.contracts import CaptureJob, Outcome, Sample, SampleLease, TableInfo, TableSignature
+from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay import refusals
 from services.replay.protocol import CaptureQueue, ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
@@ -380,7 +380,7 @@ class MemoryTable(ReplayTable):
             return [table.take(table.choose(draw), now_s + lease_s) for draw in draws[:available]]
 
     @override
-    def ack(self, leases: Iterable[SampleLease], generation: int, now_s: float) -> None:
+    def ack(self, leases: Iterable[LeaseName], generation: int, now_s: float) -> None:
         ids = [lease.lease_id for lease in leases]
         with self._store.lock:
             table = self._holding(ids, generation)
@@ -396,7 +396,7 @@ class MemoryTable(ReplayTable):
                     table.free(capture)
 
     @override
-    def release(self, leases: Iterable[SampleLease], generation: int) -> None:
+    def release(self, leases: Iterable[LeaseName], generation: int) -> None:
         ids = [lease.lease_id for lease in leases]
         with self._store.lock:
             table = self._holding(ids, generation)

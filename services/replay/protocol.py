@@ -11,7 +11,7 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from services.contracts import CaptureJob, Outcome, Sample, SampleLease, TableInfo, TableSignature
+from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay.rate_limiter import RateLimiter
 from services.replay.rules import Admission, Cleared
 from services.replay.selectors import Selector
@@ -161,7 +161,7 @@ class ReplayTable(Protocol):
         """
         ...
 
-    def ack(self, leases: Iterable[SampleLease], generation: int, now_s: float) -> None:
+    def ack(self, leases: Iterable[LeaseName], generation: int, now_s: float) -> None:
         """End leases whose samples were used; the last use of a sample frees its bytes. All of them or none.
 
         Raises:
@@ -171,7 +171,7 @@ class ReplayTable(Protocol):
         """
         ...
 
-    def release(self, leases: Iterable[SampleLease], generation: int) -> None:
+    def release(self, leases: Iterable[LeaseName], generation: int) -> None:
         """End leases whose samples were not used; the uses are ready again, in their old place. All of them or none.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from typing_extensions import Buffer, override
 
-from services.contracts import CaptureJob, Outcome, Sample, SampleLease, TableInfo, TableSignature
+from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay import refusals
 from services.replay.keys import chunk_key, destroy, table_key
 from services.replay.protocol import ReplayTable
@@ -188,14 +188,14 @@ class RedisTable(ReplayTable):
         return leases
 
     @override
-    def ack(self, leases: Iterable[SampleLease], generation: int, now_s: float) -> None:
+    def ack(self, leases: Iterable[LeaseName], generation: int, now_s: float) -> None:
         status, rest = self._scripts.run("ack", generation, now_s, *(lease.lease_id for lease in leases))
         self._check_held(status, rest, generation)
         if status == "OVERDUE":
             raise refusals.overdue(rest[0].decode(), now_s - float(rest[1]))
 
     @override
-    def release(self, leases: Iterable[SampleLease], generation: int) -> None:
+    def release(self, leases: Iterable[LeaseName], generation: int) -> None:
         status, rest = self._scripts.run("release", generation, *(lease.lease_id for lease in leases))
         self._check_held(status, rest, generation)
 

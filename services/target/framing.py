@@ -28,13 +28,18 @@ class FramedChunk(NamedTuple):
 
 def pack(chunk: FramedChunk) -> bytes:
     """Serialize a chunk; the payload is copied once, into the result."""
+    return b"".join(parts_of(chunk))
+
+
+def parts_of(chunk: FramedChunk) -> list[bytes | memoryview]:
+    """A serialized chunk in pieces, to be joined; nothing of the payload is copied."""
     parts: list[bytes | memoryview] = [chunk.header.SerializeToString()]
     if chunk.payload.nbytes:  # proto3 leaves an empty field out
-        parts += [_write_varint(_PAYLOAD_TAG), _write_varint(chunk.payload.nbytes), chunk.payload]
-    return b"".join(parts)
+        parts += [write_varint(_PAYLOAD_TAG), write_varint(chunk.payload.nbytes), chunk.payload]
+    return parts
 
 
-def unpack(message: bytes) -> FramedChunk:
+def unpack(message: bytes | memoryview) -> FramedChunk:
     """Parse a serialized FeatureChunk; the payload is a view into `message`.
 
     Fields may come in any order, as protobuf allows; unknown ones are kept with the header.
@@ -48,9 +53,9 @@ def unpack(message: bytes) -> FramedChunk:
     position = 0
     while position < len(view):
         start = position
-        tag, position = _read_varint(view, position)
+        tag, position = read_varint(view, position)
         if tag == _PAYLOAD_TAG:
-            num_bytes, position = _read_varint(view, position)
+            num_bytes, position = read_varint(view, position)
             end = _advance(view, position, num_bytes)
             payload = view[position:end]
         else:
@@ -67,11 +72,11 @@ def _skip(view: memoryview, position: int, tag: int) -> int:
     """Where the field whose tag was just read ends."""
     match tag & 7:
         case 0:
-            return _read_varint(view, position)[1]
+            return read_varint(view, position)[1]
         case 1:
             return _advance(view, position, 8)
         case 2:
-            num_bytes, position = _read_varint(view, position)
+            num_bytes, position = read_varint(view, position)
             return _advance(view, position, num_bytes)
         case 5:
             return _advance(view, position, 4)
@@ -86,8 +91,12 @@ def _advance(view: memoryview, position: int, num_bytes: int) -> int:
     return end
 
 
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
-    """A base-128 varint, least significant group first, and the position after it."""
+def read_varint(view: memoryview, position: int) -> tuple[int, int]:
+    """A base-128 varint, least significant group first, and the position after it.
+
+    Raises:
+        WireError: There is none.
+    """
     value = 0
     for i in range(_MAX_VARINT_BYTES):
         if position + i >= len(view):
@@ -99,7 +108,8 @@ def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
     raise WireError(f"a message of {len(view)} bytes is no FeatureChunk: endless number at byte {position}")
 
 
-def _write_varint(value: int) -> bytes:
+def write_varint(value: int) -> bytes:
+    """A number of at least 0 as a base-128 varint."""
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)

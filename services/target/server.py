@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from typing import NoReturn
+from concurrent.futures import CancelledError
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from services.checksum import crc32c
 from services.codec import byte_view, check_finite
 from services.errors import CaptureRequestError, DeadlineError, SlipstreamError, TargetError
-from services.grpc_access import add_port, interceptors
+from services.grpc_errors import abort
+from services.grpc_server import GrpcServer
 from services.security import Credentials, check_listening
 from services.target.chunking import cut
 from services.target.config import TargetConfig
@@ -53,20 +51,16 @@ class RunningServer:
 
     def __init__(
         self,
-        address: str,
-        server: grpc.Server,
-        health_servicer: health.HealthServicer,
+        server: GrpcServer,
         dispatcher: Dispatcher[CapturedFeatures],
     ) -> None:
-        self.address = address
+        self.address = server.address
         self._server = server
-        self._health = health_servicer
         self._dispatcher = dispatcher
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new calls, let running ones go on for `grace_s` seconds, then end them and the server."""
-        self._health.enter_graceful_shutdown()
-        self._server.stop(grace_s).wait()
+        self._server.stop(grace_s)
         self._dispatcher.close()
 
 
@@ -103,32 +97,20 @@ def serve(
         max_batch_samples=config.max_batch_samples,
         batch_wait_s=config.batch_wait_ms / 1000,
     )
-    max_rpcs = config.max_concurrent_captures + SPARE_RPCS
-    server = grpc.server(
-        ThreadPoolExecutor(max_rpcs, thread_name_prefix="target-rpc"),
-        maximum_concurrent_rpcs=max_rpcs,
-        interceptors=interceptors(credentials),
-        options=[
-            ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
-            (
-                "grpc.max_receive_message_length",
-                REQUEST_ROOM_BYTES + 2 * NUMBER_BYTES * engine.describe().max_tokens,
-            ),
-        ],
-    )
-    health_servicer = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    server.add_generic_rpc_handlers((_Service(engine, dispatcher, config.max_concurrent_captures).handler(),))
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = add_port(server, address, credentials)
+        server = GrpcServer(
+            SERVICE,
+            _Service(engine, dispatcher, config.max_concurrent_captures).handler(),
+            address,
+            credentials,
+            max_calls=config.max_concurrent_captures + SPARE_RPCS,
+            max_message_bytes=REQUEST_ROOM_BYTES + 2 * NUMBER_BYTES * engine.describe().max_tokens,
+        )
     except RuntimeError as error:
         dispatcher.close()
         raise TargetError(f"target cannot listen on {address}: {error}; choose a free port, or 0") from error
     server.start()
-    for service in ("", SERVICE):
-        health_servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
-    return RunningServer(f"{host}:{port}", server, health_servicer, dispatcher)
+    return RunningServer(server, dispatcher)
 
 
 class _Service:
@@ -167,7 +149,7 @@ class _Service:
             if features is not None:
                 yield from _chunks(request, features)
         except SlipstreamError as error:
-            _abort(context, error)
+            abort(context, error)
         finally:
             if watch is not None:
                 watch.cancel()
@@ -212,11 +194,6 @@ def _cut_off_after(seconds: float, context: grpc.ServicerContext) -> threading.T
     timer.daemon = True
     timer.start()
     return timer
-
-
-def _abort(context: grpc.ServicerContext, error: SlipstreamError) -> NoReturn:
-    context.abort(grpc.StatusCode[error.status], str(error))
-    raise AssertionError("abort raises")
 
 
 def _chunks(request: CaptureRequest, features: CapturedFeatures) -> Iterator[FramedChunk]:
