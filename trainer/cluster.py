@@ -53,21 +53,21 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # notes about its own start are not the user's concern
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        if local or not _attach():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process on the spot
-        with contextlib.redirect_stdout(_PrintedByRay()):
+    with contextlib.redirect_stdout(_PrintedByRay()):
+        try:
+            if local or not _attach():
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process on the spot
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 class _PrintedByRay(io.TextIOBase):

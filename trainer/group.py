@@ -35,7 +35,11 @@ class RankGroup:
         self._training: dict[Any, int] = {}
 
     def begin(self) -> None:
-        """Let the ranks meet and train; all of them have started."""
+        """Let the ranks meet and train; all of them have started.
+
+        Raises:
+            PartDiedError: Rank 0 is gone.
+        """
         first = self.parts[0].actor
         store = result_of(first.open_store.remote(), "trainer rank 0", timeout_s=ANSWER_DEADLINE_S)
         self._training = {part.actor.train.remote(store): rank for rank, part in enumerate(self.parts)}

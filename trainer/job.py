@@ -185,14 +185,15 @@ class Job:
         self._observer.phase("starting target, replay shard, coordinator and trainer")
         self._shard = self._parts.shard()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)
-        wait_started(self._parts.all, self._steering.look)
+        with contextlib.suppress(PartDiedError):  # whose it was shows when each is needed
+            wait_started(self._parts.all, self._steering.look)
         self._attending = self._coordinator.actor.attend.remote()
         if self._evaluations.is_enabled:
             self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
         self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
         self._check_target()
         self._filling = self._shard.actor.run.remote()
-        self._group.begin()
+        self._begin_group()
         if self._resume:
             self._console.say(f"resumed from {self._resume}")
 
@@ -236,6 +237,7 @@ class Job:
             if self._is_stopping:
                 raise
             self._renew_group(error)
+            self._begin_group()
 
     def _revive_shard(self, cause: PartDiedError) -> None:
         """Put a new shard beside the table: it adopts the samples and takes the jobs of the dead one back."""
@@ -257,21 +259,22 @@ class Job:
     def _revive_coordinator(self, cause: PartDiedError) -> None:
         """Set the coordinator up again in the process that Ray gives it; the ranks' accounts say where they are."""
         self._restarts[COORDINATOR].count(time.monotonic(), cause)
-        self._say(
-            "restart", "the coordinator lost its process; it begins again from the ledger and the ranks' accounts"
-        )
         actor = self._coordinator.actor
 
         def begin() -> None:
-            self._resume = latest_checkpoint(self._output.path)
-            arguments = self._parts.coordinator_arguments(self._beginning_of_coordinator())
-            result_of(actor.begin.remote(*arguments), "the coordinator", timeout_s=START_DEADLINE_S)
+            try:
+                result_of(actor.progress.remote(), "the coordinator", timeout_s=ANSWER_DEADLINE_S)
+            except NotBegunError:
+                self._resume = latest_checkpoint(self._output.path)
+                arguments = self._parts.coordinator_arguments(self._beginning_of_coordinator())
+                result_of(actor.begin.remote(*arguments), "the coordinator", timeout_s=START_DEADLINE_S)
+                self._say("restart", "the coordinator lost its process; it goes on from ledger and ranks' accounts")
 
         persist(begin, self._steering.look)
         self._attending = actor.attend.remote()
 
     def _renew_group(self, cause: PartDiedError) -> None:
-        """End the ranks that are left, and begin a group of the next generation from the last checkpoint."""
+        """End the ranks that are left, and place a group of the next generation at the last checkpoint."""
         self._restarts[GROUP].count(time.monotonic(), cause)
         self._parts.drop(*self._group.parts)
         self._resume = latest_checkpoint(self._output.path)
@@ -282,8 +285,17 @@ class Job:
         persist(lambda: self._ask_coordinator(*begin), self._steering.look)
         self._write_run()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)
-        wait_started(self._group.parts, self._steering.look)
-        self._group.begin()
+
+    def _begin_group(self) -> None:
+        """Let the ranks meet and train; where one dies before, all are placed again."""
+        while True:
+            try:
+                wait_started(self._group.parts, self._steering.look)
+                self._group.begin()
+            except PartDiedError as error:
+                self._renew_group(error)
+            else:
+                return
 
     def stop_after_step(self) -> None:
         """Let the ranks finish their step and write a checkpoint, for at most `STOP_DEADLINE_S`.

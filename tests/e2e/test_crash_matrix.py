@@ -108,6 +108,19 @@ def test_part_that_is_killed_costs_time_and_nothing_else(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+def test_parts_killed_while_the_run_starts_are_started_again(
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED)
+    for part in ("coordinator", "shard", "rank"):
+        wait_until(lambda part=part: find(command.process.pid, part), lambda: command.errors, RUN_S)
+        assert kill(command.process.pid, part) is not None
+    summary = command.json(RUN_S)
+    command.assert_nothing_left(within_s=15)
+    assert_nothing_lost(summary, tmp_path / "slipstream-demo", undisturbed)
+
+
+@pytest.mark.timeout(2 * RUN_S)
 def test_everything_killed_at_once_leaves_nothing_and_the_same_command_goes_on(
     slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int
 ) -> None:
