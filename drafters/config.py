@@ -64,7 +64,7 @@ class DrafterConfig(BaseModel):
     `ALGORITHM_DEFAULTS`. A setting that an algorithm does not have can only be left at its default.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     algorithm: Literal["dspark", "dflash", "eagle3"] = Field("dspark", description="which drafter to train")
     num_draft_layers: int = Field(5, ge=1, description="decoder layers of the drafter")

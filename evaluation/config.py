@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class EvaluationConfig(BaseModel):
     """The recipe's `evaluation` section: real speculative decoding of held-out prompts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_samples: int = Field(24, ge=0, description="held-out prompts to decode; 0 switches evaluation off")
     max_new_tokens: int = Field(128, ge=1, description="tokens to generate for each prompt")

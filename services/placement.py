@@ -51,7 +51,7 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
 class PlacementConfig(BaseModel):
     """Where the actors of a recipe's section run; what `target` and `trainer` have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_gpus: Annotated[float, AfterValidator(_check_gpus)] = Field(
         1.0, ge=0, description="GPUs of each actor; fractions share a GPU, 0 runs on the CPU"

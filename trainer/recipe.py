@@ -7,11 +7,10 @@ its output directory alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from drafters.config import DrafterConfig, settings_of
@@ -21,12 +20,15 @@ from services.placement import PlacementConfig
 from services.prompts.config import PromptsConfig
 from services.replay.config import ReplayConfig
 from services.replay.selectors import SelectorKind
-from services.replay.urls import safe_url
 from services.target.config import TargetConfig
 from trainer.batch_layout import BatchLayout
+from trainer.recipe_text import LONGEST_KEY, LONGEST_SHOWN, MAX_TEXT_BYTES, TextError, brief, one_line, parse_yaml
 
 PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
 """Settings that may name a file beside the recipe: a value that begins with `./` is meant relative to its folder."""
+
+MAX_PROBLEMS = 20
+"""Of a recipe that one error names: whoever reads more has the wrong file."""
 
 
 class TrainerConfig(PlacementConfig):
@@ -80,7 +82,7 @@ class TrainerConfig(PlacementConfig):
 class Recipe(BaseModel):
     """One run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the run's name")
     output_dir: Path = Field(Path("runs/run"), description="checkpoints, ledger and telemetry of the run")
@@ -189,31 +191,25 @@ def build_recipe(tree: Mapping[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{origin}:\n" + "\n".join(_explain(item) for item in error.errors())) from error
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error: the plain loader keeps the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    problem = f"{key_node.value!r} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        items = error.errors()
+        lines = [_explain(item) for item in items[:MAX_PROBLEMS]]
+        if len(items) > MAX_PROBLEMS:
+            lines.append(f"  and {len(items) - MAX_PROBLEMS} more")
+        raise RecipeError(f"{origin}:\n" + "\n".join(lines)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        with path.open("rb") as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise RecipeError(f"{path} has more than {MAX_TEXT_BYTES // 1024} KiB: that is no recipe")
+        tree = parse_yaml(content.decode("utf-8"))
     except OSError as error:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}{hint}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, TextError) as error:
         raise RecipeError(f"recipe {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         found = "empty" if tree is None else f"a {type(tree).__name__}"
@@ -239,11 +235,11 @@ def _parse(override: str) -> tuple[str, Any]:
     """Key and value of `section.key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"override {safe_url(override)!r} must look like section.key=value")
+        raise RecipeError(f"override {_shown_override(key, override)} must look like section.key=value")
     try:
-        return key, yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {safe_url(override)!r}: the value is not YAML: {safe_url(str(error))}") from None
+        return key, parse_yaml(text)
+    except TextError as error:
+        raise RecipeError(f"override {_shown_override(key, override)}: the value is not YAML: {error}") from None
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -251,20 +247,31 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise RecipeError(f"override of {key}: {section} is a value, not a section")
+            raise RecipeError(f"override of {_shown_key(key)}: {_shown_key(section)} is a value, not a section")
     tree[leaf] = value
 
 
 def _explain(item: Any) -> str:
     """One pydantic error as a line: key, what is wrong, and the nearest known key for an unknown one."""
-    key = ".".join(str(part) for part in item["loc"])
+    parts = [str(part) for part in item["loc"]]
+    key = _shown_key(".".join(parts))
     if item["type"] == "extra_forbidden":
-        return f"  {key}: unknown key; {_hint(key)}"
-    value = safe_url(repr(item["input"]))
+        return f"  {key}: unknown key; {_hint('.'.join(part[:LONGEST_KEY] for part in parts))}"
+    value = brief(item["input"])
     if item["type"] == "model_type" and key:
         return f"  {key}: must be a section of settings (given {value})"
     given = "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" (given {value})"
-    return f"  {key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{given}"
+    return f"  {key or 'recipe'}: {one_line(item['msg'].removeprefix('Value error, '))}{given}"
+
+
+def _shown_override(key: str, override: str) -> str:
+    if len(override) <= LONGEST_SHOWN:
+        return brief(override)
+    return f"of {_shown_key(key)}, {len(override)} characters,"
+
+
+def _shown_key(key: str) -> str:
+    return one_line(key, LONGEST_KEY)
 
 
 def _hint(key: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class PromptsConfig(BaseModel):
     """The recipe's `prompts` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: str = Field(
         description="JSONL file of conversations, or 'stdlib' for functions of this Python's standard library"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_serializer, model_validator
 
 from services.contracts import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, WireDtype
 from services.replay.rate_limiter import RateLimiter
@@ -13,11 +13,24 @@ from services.replay.urls import without_password
 
 EMBEDDED = "embedded"
 
+MAX_CAPACITY_BYTES = 2**53
+"""What Lua's numbers count exactly: 8 PiB."""
+
+
+def _check_length(size: Any) -> Any:
+    if isinstance(size, str) and len(size) > 32:
+        raise ValueError("longer than a number of bytes with its unit")
+    return size
+
+
+Bytes = Annotated[ByteSize, BeforeValidator(_check_length)]
+"""A number of bytes, also as text with a unit. Longer texts become numbers that no integer can be made of."""
+
 
 class ReplayConfig(BaseModel):
     """The recipe's `replay` section."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     redis: str = Field(
         EMBEDDED,
@@ -25,13 +38,14 @@ class ReplayConfig(BaseModel):
         description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://; its password may come "
         "from the environment variable SLIPSTREAM_REDIS_PASSWORD",
     )
-    capacity: ByteSize = Field(
-        ByteSize(4 * 1024**3), gt=0, description="most resident feature bytes, captures in flight included ('4GiB')"
+    capacity: Bytes = Field(
+        ByteSize(4 * 1024**3),
+        gt=0,
+        le=MAX_CAPACITY_BYTES,
+        description="most resident feature bytes, captures in flight included ('4GiB')",
     )
     wire_dtype: WireDtype = Field("bf16", description="dtype of features on the wire and in the buffer")
-    chunk: ByteSize = Field(
-        ByteSize(DEFAULT_CHUNK_BYTES), gt=0, le=MAX_CHUNK_BYTES, description="most bytes of one chunk"
-    )
+    chunk: Bytes = Field(ByteSize(DEFAULT_CHUNK_BYTES), gt=0, le=MAX_CHUNK_BYTES, description="most bytes of one chunk")
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")
     lease_s: float = Field(300.0, gt=0, description="how long a trainer may hold a sample, or a shard a capture")

@@ -15,8 +15,9 @@ TCP = "tcp"
 
 HIDDEN = "***"
 
-_LOGIN = re.compile(r"(?P<scheme>[a-z]+://)(?P<user>[^:@/?]*)(?P<password>:.*)?@", re.DOTALL)
-"""Up to the last @: a password that is not percent-encoded may hold any character."""
+_LOGIN = re.compile(r"(?<![a-z])(?P<scheme>[a-z]+://)(?P<user>[^:@/?]*)(?P<password>:.*)?@", re.DOTALL)
+"""Up to the last @: a password that is not percent-encoded may hold any character. A scheme is looked for where a word
+begins, not at each of its letters: a long text without one is soon read."""
 
 _QUERY_PASSWORD = re.compile(r"(?<=[?&]password=)[^&#\s]*")
 

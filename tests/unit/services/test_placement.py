@@ -19,7 +19,7 @@ NODES = [HEAD, GPUS, MORE_GPUS]
         ({"num_cpus": 0.00001}, "less than Ray's smallest amount"),
         ({"resources": {"GPU": 1}}, "GPUs are asked for by num_gpus"),
         ({"resources": {"fpga": 0}}, "fpga: 0 must be above 0"),
-        ({"resources": {"fpga": float("nan")}}, "fpga: nan must be above 0"),
+        ({"resources": {"fpga": float("nan")}}, "resources.fpga\n  Input should be a finite number"),
         ({"labels": {"zone": "a b"}}, "zone: 'a b' must be a value"),
         ({"labels": {"-": "a"}}, "'-' is no name of a node label"),
     ],
