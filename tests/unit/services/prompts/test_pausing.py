@@ -1,32 +1,16 @@
 from __future__ import annotations
 
-from services.contracts import CaptureJob, LastRows, StepLease
+from schedule_settings import schedule_settings
+
+from services.contracts import CaptureJob, StepLease
 from services.prompts.ledger import Ledger, PlanHeader
-from services.prompts.records import CoordinatorSettings
 from services.prompts.scheduling import Schedule
 
 GENERATION = 1
 
 
 def make_schedule(num_prompts: int) -> Schedule:
-    settings = CoordinatorSettings.model_validate(
-        {
-            "reuse": 1,
-            "last_rows": LastRows.BETWEEN,
-            "world_size": 2,
-            "micro_batch_size": 1,
-            "accumulation": 1,
-            "max_steps": None,
-            "deterministic": False,
-            "tail": "pad",
-            "lookahead_captures": 100,
-            "capture_log": "unused",
-            "answers": "unused",
-            "lives": "unused",
-            "ledger": None,
-            "generation": GENERATION,
-        }
-    )
+    settings = schedule_settings(generation=GENERATION)
     schedule = Schedule(Ledger(PlanHeader(num_prompts=num_prompts, epochs=1, reuse=1, seed=0, digest="")), settings)
     while True:
         for job in schedule.take_pushable(100):

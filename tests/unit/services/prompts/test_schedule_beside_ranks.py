@@ -8,10 +8,10 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_settings import schedule_settings
 
 from services.contracts import (
     CaptureJob,
-    LastRows,
     Outcome,
     RankAccount,
     Sample,
@@ -26,26 +26,6 @@ from services.prompts.scheduling import END_EXHAUSTED, Schedule
 from trainer.account import Account
 
 GENERATION = 7
-
-
-def make_settings(**changes: object) -> CoordinatorSettings:
-    values = {
-        "reuse": 1,
-        "last_rows": LastRows.BETWEEN,
-        "world_size": 2,
-        "micro_batch_size": 1,
-        "accumulation": 1,
-        "max_steps": None,
-        "deterministic": False,
-        "tail": "pad",
-        "lookahead_captures": 100,
-        "capture_log": "unused",
-        "answers": "unused",
-        "lives": "unused",
-        "ledger": None,
-        "generation": GENERATION,
-    } | changes
-    return CoordinatorSettings.model_validate(values)
 
 
 def make_ledger(num_prompts: int, reuse: int = 1) -> Ledger:
@@ -94,7 +74,7 @@ def test_what_ranks_hold_is_not_captured_again_and_what_they_did_is_trained():
         account(0, reports=(step_report(1, 0, 0),), leases=(lease,), held=(2,)),
         account(1, reports=(step_report(1, 1, 1), step_report(2, 1, 3))),
     ]
-    schedule = Schedule(ledger, make_settings(), accounts)
+    schedule = Schedule(ledger, schedule_settings(), accounts)
     assert ledger.last_step == 1
     assert ledger.has_trained((0, 1))
     assert [job.capture for job in pump(schedule)] == [4, 5, 6, 7]
@@ -108,14 +88,14 @@ def test_what_ranks_hold_is_not_captured_again_and_what_they_did_is_trained():
 
 
 def test_the_use_that_a_rank_has_not_read_is_captured_again():
-    schedule = Schedule(make_ledger(2, reuse=2), make_settings(reuse=2), [account(0, held=(0,)), account(1)])
+    schedule = Schedule(make_ledger(2, reuse=2), schedule_settings(reuse=2), [account(0, held=(0,)), account(1)])
     jobs = pump(schedule)
     assert [(job.capture, job.ks, job.attempt) for job in jobs] == [(0, (1,), 9), (1, (0, 1), 9)]
 
 
 def test_end_that_one_rank_was_told_holds_for_the_others():
     end = StepLease(step=1, num_micro_batches=0, end="stopped")
-    schedule = Schedule(make_ledger(8), make_settings(), [account(0, leases=(end,)), account(1)])
+    schedule = Schedule(make_ledger(8), schedule_settings(), [account(0, leases=(end,)), account(1)])
     lease = schedule.grant(1, GENERATION)
     assert lease is not None
     assert (lease.is_end, lease.end) == (True, "stopped")
@@ -124,13 +104,13 @@ def test_end_that_one_rank_was_told_holds_for_the_others():
 def test_account_that_does_not_reach_back_to_the_ledger_is_refused():
     accounts = [account(0, reports=(step_report(3, 0, 4),)), account(1)]
     with pytest.raises(ReplayError, match="rank 0 begins at step 3, the ledger ends at step 0"):
-        Schedule(make_ledger(8), make_settings(), accounts)
+        Schedule(make_ledger(8), schedule_settings(), accounts)
 
 
 def test_deterministic_grants_go_on_with_the_captures_that_no_lease_names():
     lease = StepLease(step=1, num_micro_batches=1, num_uses=2, captures=(((0,),), ((1,),)))
     accounts = [account(0, leases=(lease,), held=(0,)), account(1)]
-    schedule = Schedule(make_ledger(4), make_settings(deterministic=True), accounts)
+    schedule = Schedule(make_ledger(4), schedule_settings(deterministic=True), accounts)
     assert [job.capture for job in pump(schedule)] == [1, 2, 3]
     granted = schedule.grant(2, GENERATION)
     assert granted is not None
@@ -290,7 +270,7 @@ class World:
 def test_any_run_that_loses_buffer_and_coordinator_ends_and_balances(
     seed, num_prompts, reuse, world_size, micro_batch_size, accumulation, tail, max_steps
 ):
-    chosen = make_settings(
+    chosen = schedule_settings(
         reuse=reuse,
         world_size=world_size,
         micro_batch_size=micro_batch_size,

@@ -6,11 +6,11 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_settings import schedule_settings
 
-from services.contracts import CaptureJob, LastRows, Outcome, StepLease, StepReport
+from services.contracts import CaptureJob, Outcome, StepLease, StepReport
 from services.errors import PromptError, ReplayError, StaleGenerationError
 from services.prompts.ledger import CaptureLine, Ledger, PlanHeader, audit
-from services.prompts.records import CoordinatorSettings
 from services.prompts.scheduling import (
     END_EXHAUSTED,
     END_MAX_STEPS,
@@ -22,23 +22,7 @@ from services.prompts.scheduling import (
 
 
 def make(num_prompts: int = 10, *, epochs: int = 1, ledger: Ledger | None = None, **changes) -> tuple[Schedule, Ledger]:
-    values = {
-        "reuse": 1,
-        "last_rows": LastRows.BETWEEN,
-        "world_size": 2,
-        "micro_batch_size": 1,
-        "accumulation": 2,
-        "max_steps": None,
-        "deterministic": False,
-        "tail": "pad",
-        "lookahead_captures": 100,
-        "capture_log": "unused",
-        "answers": "unused",
-        "lives": "unused",
-        "ledger": None,
-        "generation": 7,
-    } | changes
-    chosen = CoordinatorSettings.model_validate(values)
+    chosen = schedule_settings(**({"accumulation": 2} | changes))
     plan = PlanHeader(num_prompts=num_prompts, epochs=epochs, reuse=chosen.reuse, seed=0, digest="")
     ledger = ledger or Ledger(plan)
     return Schedule(ledger, chosen), ledger
