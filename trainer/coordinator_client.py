@@ -139,7 +139,7 @@ class CoordinatorClient:
                 incarnation = self._ask_once("wanted", self._rank, self._generation, timeout_s=ANSWER_DEADLINE_S)
                 if incarnation is not None:
                     self._ask_once("join", self._account.answer(incarnation), timeout_s=ANSWER_DEADLINE_S)
-            except (PartDiedError, NotBegunError):
+            except (DeadlineError, PartDiedError, NotBegunError):
                 continue  # the next beat finds it back, or the training thread gives up
             except SlipstreamError as error:
                 with self._lock:
