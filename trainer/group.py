@@ -6,7 +6,7 @@ whenever a rank fails, the others are looked at for one that died, and the survi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -65,6 +65,21 @@ class RankGroup:
             if dead := self._dead_peer():
                 raise PartDiedError(f"trainer rank {dead} died, and rank {rank} failed because of it") from error
             raise
+
+    def kill_silent(self, silent_s: Mapping[int, float], most_s: float) -> list[int]:
+        """Kill ranks that still train and have been silent for longer than `most_s`; `take` hears of their death.
+
+        Args:
+            silent_s: Seconds since the last sign of life, by rank.
+            most_s: So much is no reason to worry.
+
+        Returns:
+            Those that were killed.
+        """
+        stuck = [rank for rank in self._training.values() if silent_s.get(rank, 0.0) > most_s]
+        for rank in stuck:
+            ray.kill(self.parts[rank].actor)
+        return stuck
 
     def _dead_peer(self) -> str:
         """Numbers of ranks that turn out to have died, as text; empty if none has."""

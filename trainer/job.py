@@ -36,6 +36,7 @@ from services.errors import (
 )
 from services.logs import EventLog, process_log
 from services.placement import address_for_others, this_node
+from services.prompts.coordinator import Progress
 from services.replay.connect import connect
 from services.replay.registry import TargetRegistry
 from services.replay.table import RedisTable
@@ -178,7 +179,7 @@ class Job:
             self._journal,
             TelemetryReader(self._redis, table_prefix(self._output)),
             self._table,
-            lambda: self._ask_coordinator("progress"),
+            self._progress,
             self._pool.states,
             self._started_s,
         )
@@ -218,6 +219,14 @@ class Job:
             self._observer.report(event)
         self._observer.look()
         self._steering.look()
+
+    def _progress(self) -> Progress:
+        """The coordinator's figures; ranks that it has not heard of for too long are killed."""
+        progress: Progress = self._ask_coordinator("progress")
+        most_s = self._recipe.trainer.silent_s
+        for rank in self._group.kill_silent(progress.silent_s, most_s):
+            self._say("silent", f"trainer rank {rank} has given no sign of life for {most_s:g} s and was killed")
+        return progress
 
     def _take_in(self, call: Any) -> None:
         """Take a call that came back, of which only a rank's should; what lost its process is started again."""

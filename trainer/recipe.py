@@ -53,6 +53,9 @@ class TrainerConfig(PlacementConfig):
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep; step_0 is always kept")
     prefetch: int = Field(2, ge=1, description="micro-batches fetched ahead of the step")
     wait_s: float = Field(600.0, gt=0, description="longest wait for a micro-batch before the run fails")
+    silent_s: float = Field(
+        180.0, ge=5, description="a rank that gives no sign of life for so long is killed, and all begin again"
+    )
     tail: Literal["pad", "drop"] = Field("pad", description="a last step without a full batch is padded or dropped")
     deterministic: bool = Field(
         False, description="plan order, one sample a forward pass: the same losses for any number of targets and ranks"

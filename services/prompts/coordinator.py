@@ -134,6 +134,8 @@ class Coordinator:
         self._closing = threading.Event()
         self._schedule: Schedule | None = None
         self._accounts: dict[int, RankAccount] = {}
+        self._beats: dict[int, float] = {}
+        """When each rank gave its last sign of life."""
         self._late_reports: list[StepReport] = []
         self._why_lost: str | None = None
         """Why there is no schedule, while there is none."""
@@ -183,12 +185,15 @@ class Coordinator:
     def wanted(self, rank: int, generation: int) -> str | None:
         """Whether this rank's account is wanted: then the incarnation of the table that its leases must be of now.
 
+        Ranks ask a few times a second, which is also their sign of life.
+
         Raises:
             StaleGenerationError: Another trainer group is the current one.
         """
         with self._changed:
             self._raise_error()
             self._check_generation(generation)
+            self._beats[rank] = time.monotonic()
             is_wanted = self._schedule is None and rank not in self._accounts
             return self._incarnation if is_wanted else None
 
@@ -226,6 +231,7 @@ class Coordinator:
                 update={"generation": generation, "ledger": ledger, "joins": False}
             )
             self._ledger = new_ledger
+            self._beats.clear()
             self._error = None
             self._lose_schedule(GROUP_BEGAN.format(step=new_ledger.last_step))
             self._clear()
@@ -297,6 +303,7 @@ class Coordinator:
                 steps_granted=self._schedule.steps_granted if self._schedule else self._ledger.last_step,
                 ended=self._schedule.ended if self._schedule else None,
                 last_failure=self._schedule.last_failure if self._schedule else None,
+                silent_s={rank: time.monotonic() - beat_s for rank, beat_s in self._beats.items()},
             )
 
     def pause(self) -> int:

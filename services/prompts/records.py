@@ -79,6 +79,7 @@ class Progress(Record):
         steps_granted: Optimizer steps granted.
         ended: Why no further step is granted, or None.
         last_failure: The last capture that failed and why, or None.
+        silent_s: Seconds since the last sign of life, by rank; of ranks of this group that have given one.
     """
 
     planned: int
@@ -96,3 +97,4 @@ class Progress(Record):
     steps_granted: int
     ended: str | None
     last_failure: str | None
+    silent_s: dict[int, float]

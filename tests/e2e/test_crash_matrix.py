@@ -108,6 +108,21 @@ def test_part_that_is_killed_costs_time_and_nothing_else(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+def test_rank_that_hangs_is_killed_and_all_begin_again(
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    output_dir = tmp_path / "slipstream-demo"
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, "trainer.silent_s=5")
+    wait_until(lambda: steps_done(output_dir) >= 3, lambda: command.errors, RUN_S)
+    (rank,) = find(command.process.pid, "rank")
+    rank.suspend()
+    summary = command.json(RUN_S)
+    command.assert_nothing_left(within_s=15)
+    assert_nothing_lost(summary, output_dir, undisturbed)
+    assert any("no sign of life for 5 s" in event["message"] for event in summary["events"])
+
+
+@pytest.mark.timeout(2 * RUN_S)
 def test_parts_killed_while_the_run_starts_are_started_again(
     slipstream: Start, tmp_path: Path, undisturbed: dict[int, float]
 ) -> None:

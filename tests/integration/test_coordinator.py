@@ -609,3 +609,12 @@ def test_pause_outlasts_a_lost_table(run: Run):
     coordinator.go_on()
     train_to_the_end(run, coordinator, 1)
     assert coordinator.finish().trained == 10
+
+
+def test_ranks_give_signs_of_life_and_a_new_group_begins_without_any(run: Run):
+    coordinator = run.start()
+    assert coordinator.progress().silent_s == {}
+    coordinator.wanted(1, 1)
+    assert 0 <= coordinator.progress().silent_s[1] < DEADLINE_S
+    coordinator.begin_group(2, None)
+    assert coordinator.progress().silent_s == {}
