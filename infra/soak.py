@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 from victims import find, kill
 
-from services.prompts.ledger import audit
+from services.prompts.ledger import audit, lines_of
 
 STEERED = ("target", "shard", "redis", "supervisor", "coordinator", "rank", "dashboard")
 """What is killed; the evaluator works at both ends of a run only."""
@@ -116,8 +116,8 @@ class Soak:
             raise SoakError(f"left behind: {[process.pid for process in left]}")
         checkpoint = self._output / os.readlink(self._output / "step_latest")
         ledger = audit(
-            (checkpoint / "ledger.jsonl").read_text().splitlines(),
-            (self._output / "captures.jsonl").read_text().splitlines(),
+            lines_of((checkpoint / "ledger.jsonl").read_text()),
+            lines_of((self._output / "captures.jsonl").read_text()),
         )
         if not ledger.balanced:
             raise SoakError(f"the ledger does not balance: {ledger.problems}")

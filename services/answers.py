@@ -10,20 +10,25 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from services.append_log import open_append_log
 from services.contracts import Record
 from services.errors import CheckpointError
+from services.reading import first_fault
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+"""As the wire has it."""
 
 
 class Answer(Record):
     """One line: what the target answered to a prompt."""
 
-    prompt: int
+    prompt: int = Field(ge=0)
     """Number of the prompt in the run's plan."""
-    token_ids: tuple[int, ...]
+    token_ids: tuple[TokenId, ...]
 
 
 class AnswerWriter:
@@ -55,6 +60,7 @@ class AnswerBook:
         """Attach to a file that need not exist yet."""
         self._path = path
         self._offset = 0
+        self._num_lines = 0
         self._answers: dict[int, tuple[int, ...]] = {}
 
     def find(self, prompt: int) -> tuple[int, ...] | None:
@@ -74,9 +80,13 @@ class AnswerBook:
             for line in file:
                 if not line.endswith(b"\n"):  # its writer is not done with it, or died in it
                     return
-                self._offset += len(line)
                 try:
                     answer = Answer.model_validate_json(line)
                 except ValidationError as error:
-                    raise CheckpointError(f"{self._path}: not a line of answers: {line[:80]!r}") from error
+                    raise CheckpointError(
+                        f"{self._path}:{self._num_lines + 1}: not a line of answers: {line[:80]!r}: "
+                        f"{first_fault(error)}. Take the line out: its prompt is answered again"
+                    ) from error
+                self._offset += len(line)
+                self._num_lines += 1
                 self._answers[answer.prompt] = answer.token_ids

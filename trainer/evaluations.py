@@ -11,8 +11,11 @@ import ray
 
 from evaluation.actor import EvaluatorActor
 from evaluation.report import Report
+from services.contracts import Record
+from services.errors import CheckpointError
 from services.logs import LogPlace
 from services.placement import Ask
+from services.reading import first_fault, read_json
 from trainer.checkpoint import mark_best
 from trainer.cluster import Part, check_fits, result_of, start_part, wait_started
 from trainer.output import replace_text
@@ -20,6 +23,13 @@ from trainer.recipe import Recipe
 
 WHERE = {"num_gpus", "threads"}
 """Settings that say where decoding runs, and nothing of what it finds."""
+
+
+class _Entry(Record):
+    """A line of the file."""
+
+    settings: dict[str, Any]
+    report: dict[str, Any]
 
 
 class Evaluations:
@@ -118,9 +128,24 @@ class Evaluations:
             self._evaluator = None
 
     def _read(self) -> list[Report]:
-        lines = self._log.read_text().splitlines() if self._log.exists() else []
-        entries = [json.loads(line) for line in lines]
-        return [Report.model_validate(entry["report"]) for entry in entries if entry["settings"] == self._settings]
+        """The results of these settings; those of others may be of another version and are left as they are.
+
+        Raises:
+            CheckpointError: A line is no result.
+        """
+        lines = self._log.read_bytes().splitlines() if self._log.exists() else []
+        reports = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = _Entry.model_validate(read_json(line))
+                if entry.settings == self._settings:
+                    reports.append(Report.model_validate(entry.report))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self._log}:{number}: no result of decoding: {first_fault(error)}. Take the line out: its "
+                    "checkpoint is decoded with again"
+                ) from error
+        return reports
 
     def _write(self) -> None:
         entries = (

@@ -16,7 +16,6 @@ summary.json        what the last attempt ended with
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -26,12 +25,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from services.errors import OutputDirError
 from services.logs import LogPlace
+from services.reading import first_fault, read_json
 from trainer.recipe import Recipe
 
 RECORD, LOCK = "run.json", ".lock"
+
+MOST_STARTS = 2**31
+"""Attempts, and trainer groups, of a run: a larger number is no count of them."""
+
+
+class _Record(BaseModel):
+    """What `run.json` holds; what another version adds is passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    attempt: int = Field(ge=1, lt=MOST_STARTS)
+    generation: int = Field(ge=0, lt=MOST_STARTS)
+    identity: dict[str, Any]
+
+
+class _Peak(BaseModel):
+    """What is read of `summary.json`."""
+
+    peak_buffer_bytes: int = Field(ge=0)
 
 
 @dataclass(frozen=True)
@@ -90,17 +111,25 @@ class OutputDir:
     def next_generation(self) -> int:
         """The number of a new trainer group, above those of all groups that this run ever had."""
         saved = _read_record(self.path / RECORD)
-        saved["generation"] += 1
+        saved = saved.model_copy(update={"generation": saved.generation + 1})
         _write_record(self.path / RECORD, saved)
-        generation: int = saved["generation"]
-        return generation
+        return saved.generation
 
     def earlier_peak_bytes(self) -> int:
-        """Peak of the replay buffer in earlier attempts, as far as they came to an end."""
+        """Peak of the replay buffer in earlier attempts, as far as they came to an end.
+
+        Raises:
+            OutputDirError: The summary is none.
+        """
         if not self.summary.exists():
             return 0
-        peak_bytes: int = json.loads(self.summary.read_text())["peak_buffer_bytes"]
-        return peak_bytes
+        try:
+            return _Peak.model_validate(read_json(self.summary.read_bytes())).peak_buffer_bytes
+        except ValueError as error:
+            raise OutputDirError(
+                f"{self.summary} is no summary of a slipstream run: {first_fault(error)}; remove it, the next attempt "
+                "writes a new one"
+            ) from error
 
 
 @contextmanager
@@ -139,25 +168,23 @@ def _enter_run(path: Path, recipe: Recipe) -> tuple[str, int]:
     attempt, generation = 1, 0
     if record.exists():
         saved = _read_record(record)
-        changed = sorted(_differences(saved["identity"], recipe.identity()))
+        changed = sorted(_differences(saved.identity, recipe.identity()))
         if changed:
             raise OutputDirError(
-                f"output_dir {path} holds another run ({saved['run_id']}): {', '.join(changed)} differ. "
+                f"output_dir {path} holds another run ({saved.run_id}): {', '.join(changed)} differ. "
                 "Choose another --output-dir, or use the recipe.yaml saved in it to go on with that run"
             )
-        run_id, attempt, generation = saved["run_id"], saved["attempt"] + 1, saved["generation"]
+        run_id, attempt, generation = saved.run_id, saved.attempt + 1, saved.generation
     else:
         _refuse_foreign(path)
         run_id = f"{recipe.name}-{secrets.token_hex(3)}"
-    _write_record(
-        record, {"run_id": run_id, "attempt": attempt, "generation": generation, "identity": recipe.identity()}
-    )
+    _write_record(record, _Record(run_id=run_id, attempt=attempt, generation=generation, identity=recipe.identity()))
     replace_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     return run_id, attempt
 
 
-def _write_record(record: Path, content: dict[str, Any]) -> None:
-    replace_text(record, json.dumps(content, indent=2) + "\n")
+def _write_record(record: Path, content: _Record) -> None:
+    replace_text(record, content.model_dump_json(indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -172,12 +199,13 @@ def _refuse_foreign(path: Path) -> None:
         raise OutputDirError(f"output_dir {path} holds files that are no slipstream run; choose another --output-dir")
 
 
-def _read_record(record: Path) -> dict[str, Any]:
+def _read_record(record: Path) -> _Record:
     try:
-        saved = json.loads(record.read_text())
-        return {key: saved[key] for key in ("run_id", "attempt", "generation", "identity")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputDirError(f"{record} is no record of a slipstream run; choose another --output-dir") from error
+        return _Record.model_validate(read_json(record.read_bytes()))
+    except ValueError as error:
+        raise OutputDirError(
+            f"{record} is no record of a slipstream run: {first_fault(error)}; choose another --output-dir"
+        ) from error
 
 
 def _differences(saved: Any, wanted: Any, prefix: str = "") -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -21,6 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from services.errors import ClusterError, RecipeError, UsageError
+from services.reading import read_json
 from services.replay.urls import PASSWORD_VARIABLE, hide_passwords
 from trainer.ray_job import STOP_WAIT_S, STOP_WAIT_VARIABLE
 from trainer.recipe import load_recipe
@@ -289,7 +289,7 @@ def last_json_line(log: str) -> dict[str, Any] | None:
     if not lines or not lines[-1].startswith("{"):
         return None
     try:
-        last: dict[str, Any] = json.loads(lines[-1])
+        last: dict[str, Any] = read_json(lines[-1])
     except ValueError:  # a line of something else
         return None
     return last

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from services.contracts import Record
 from services.errors import CheckpointError
+from services.reading import first_fault
 
 FOLDER = "training_state"
 FIGURES = "state.json"
@@ -119,8 +120,9 @@ def read_figures(checkpoint: Path) -> TrainingFigures:
     try:
         return TrainingFigures.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
+        fault = first_fault(error) if isinstance(error, ValueError) else error
         raise CheckpointError(
-            f"cannot read {path}: {str(error).splitlines()[0]}; nothing can resume from this checkpoint: point "
+            f"cannot read {path}: {fault}; nothing can resume from this checkpoint: point "
             "step_latest to another step_<N>, or remove it to start anew"
         ) from error
 

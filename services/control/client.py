@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -28,6 +27,7 @@ from services.control.records import (
 )
 from services.control.wire import pack_request, unpack_reply
 from services.errors import DeadlineError, SlipstreamError, UsageError
+from services.reading import first_fault, read_json
 
 STATUS_TIMEOUT_S = 10.0
 """A desk answers at once; this is for a machine that is busy."""
@@ -137,9 +137,9 @@ def read_beacon(output_dir: Path) -> Beacon | None:
     if not path.is_file():
         return None
     try:
-        return Beacon.model_validate(json.loads(path.read_text()))
+        return Beacon.model_validate(read_json(path.read_bytes()))
     except ValueError as error:
-        raise UsageError(f"{path} is no record of a running job: {error}") from error
+        raise UsageError(f"{path} is no record of a running job: {first_fault(error)}") from error
 
 
 class RunControl:

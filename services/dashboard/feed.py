@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import os
 import socket
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from services.dashboard.history import Axis, History
 from services.dashboard.status import run_status
 from services.dashboard.tail import JsonLinesTail
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 """How often the file is looked at. A step shows within a second: this, the driver's poll of 0.25 s, and drawing it."""
@@ -52,6 +55,7 @@ class Feed:
         self._follows_driver = follows_driver
         self._clock = clock
         self._tail = JsonLinesTail(output_dir / "telemetry.jsonl")
+        self._num_broken = 0
         self._history = History()
         self._thread = ThreadPoolExecutor(1, "history")
         self._changed = asyncio.Event()
@@ -122,8 +126,15 @@ class Feed:
             for offset, record in lines.records:
                 self._history.take(offset, record)
             has_changed |= bool(lines.records) or lines.is_new_file
+            self._warn_of_broken_lines()
             if lines.is_all:
                 return has_changed
+
+    def _warn_of_broken_lines(self) -> None:
+        num_broken = self._tail.num_broken + self._history.num_unreadable
+        if num_broken > self._num_broken:
+            logger.warning("%s: %d lines are no records of a run; they are left out", self._tail.path, num_broken)
+        self._num_broken = num_broken
 
     def _status(self) -> dict[str, Any]:
         status = run_status(
@@ -136,10 +147,11 @@ class Feed:
         run = self._history.run or {}
         if self._follows_driver:
             return math.inf
-        if run.get("host") != socket.gethostname():
+        pid = run.get("pid")
+        if pid is None or run.get("host") != socket.gethostname():
             return SILENT_AFTER_S
         try:
-            os.kill(run["pid"], 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             return 0.0
         except PermissionError:

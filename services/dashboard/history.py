@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.dashboard.decimation import kept_rows
+from services.dashboard.shapes import is_known, read_record
 from services.running_means import SMOOTHING_STEPS
 
 Axis = Literal["step", "elapsed_s"]
@@ -24,6 +25,9 @@ MOST_EVENTS = 500
 
 NUM_BUCKETS = 250
 """Of a decimated series: a chart is about 500 pixels wide."""
+
+SMALLEST = 1e-300
+"""What is nearer to 0 is 0: its digits would need a scale that no float holds."""
 
 MOST_LIVE_ROWS = 2_000
 """A reader that missed more rows than this is better off with a new, decimated history."""
@@ -86,6 +90,7 @@ class History:
         total_steps: Of the run, once known.
         last_time_s: Wall clock of the newest record; None before the first.
         offset: Place in the file up to which records were taken in.
+        num_unreadable: Records of known kinds that do not hold what theirs must.
         cut_offset: Where rows were last dropped: who has read less must read everything again.
     """
 
@@ -102,15 +107,23 @@ class History:
         self.last_time_s: float | None = None
         self.offset = 0
         self.cut_offset = 0
+        self.num_unreadable = 0
         self._clock_zero_s: float | None = None
         self._attempt_first_row = 0
 
     def take(self, offset: int, record: dict[str, Any]) -> None:
-        """Take in one record; `offset` is the place in the file behind it. Unknown kinds are left out."""
-        take = getattr(self, f"_take_{record.get('kind')}", None)
+        """Take in one record; `offset` is the place in the file behind it. Unknown kinds are left out.
+
+        So are records that lack something or hold what cannot be; `num_unreadable` counts them.
+        """
         self.offset = offset
-        if take is None or "time_s" not in record:
+        if not is_known(record.get("kind")):
             return
+        readable = read_record(record)
+        if readable is None:
+            self.num_unreadable += 1
+            return
+        record, take = readable, getattr(self, f"_take_{readable['kind']}")
         self.last_time_s = record["time_s"]
         if self._clock_zero_s is None:
             self._clock_zero_s = record["time_s"]
@@ -267,6 +280,7 @@ def _rows(table: Table, name: str, rows: npt.NDArray[np.intp]) -> dict[str, list
 
 def _short(values: npt.NDArray[np.float64]) -> list[float]:
     """Six significant digits: more than a chart shows, and a third of the bytes."""
+    values = np.where(np.abs(values) < SMALLEST, 0.0, values)
     largest = np.where(values == 0, 1.0, np.abs(values))
     scale = 10.0 ** (5 - np.floor(np.log10(largest)))
     rounded: list[float] = (np.round(values * scale) / scale).tolist()

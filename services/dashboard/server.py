@@ -14,9 +14,11 @@ import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import uvicorn
+from pydantic import Field, TypeAdapter
 
 from services.dashboard.access import Access
 from services.dashboard.app import create_app
@@ -24,6 +26,7 @@ from services.dashboard.controls import Controls
 from services.dashboard.feed import Feed
 from services.dashboard.remote import RayControls
 from services.errors import SlipstreamError
+from services.reading import read_json
 
 PUBLISHED = "dashboard.json"
 """In the output directory: where the driver's own dashboard is, for this user alone."""
@@ -38,8 +41,11 @@ class Published:
 
     url: str
     """With the token in its fragment, which no browser sends anywhere."""
-    token: str
+    token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,}$")]
     pid: int
+
+
+_PUBLISHED = TypeAdapter(Published)
 
 
 def listen(access: Access, port: int) -> socket.socket:
@@ -151,10 +157,10 @@ def _begin(host: str, port: int) -> tuple[Access, socket.socket]:
 def _take_over(file: Path, host: str) -> tuple[Access, socket.socket] | None:
     """The place of a dashboard that was killed, so that open pages find it; None if there is none or it is taken."""
     try:
-        before = Published(**json.loads(file.read_text()))
+        before = _PUBLISHED.validate_python(read_json(file.read_bytes()))
         access = Access(host, token=before.token)
         return access, listen(access, urlsplit(before.url).port or 0)
-    except (FileNotFoundError, ValueError, TypeError, SlipstreamError):
+    except (FileNotFoundError, ValueError, SlipstreamError):
         return None
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from services.reading import read_json
 
 READ_BYTES = 4 * 1024**2
 """Most bytes of one look: a long history is taken in parts, so that a caller can do something else in between."""
@@ -31,12 +32,13 @@ class JsonLinesTail:
     """One reader's place in the file.
 
     Attributes:
+        path: The file.
         file_id: Which file it is, the same for every reader; 0 while there is none.
         num_broken: Lines that are no JSON object, left out: a killed writer can leave one half-written.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._offset = 0
         self._rest = b""
         self.file_id = 0
@@ -49,7 +51,7 @@ class JsonLinesTail:
             OSError: The file is there and cannot be read.
         """
         try:
-            with self._path.open("rb") as file:
+            with self.path.open("rb") as file:
                 return self._read(file.fileno())
         except FileNotFoundError:
             was_there = self.file_id != 0
@@ -82,7 +84,7 @@ class JsonLinesTail:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = read_json(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from services.append_log import open_append_log
 from services.errors import CheckpointError
 from services.prompts.ledger import FIRST, CaptureLine
+from services.reading import first_fault
 
 
 class CaptureLog:
@@ -95,7 +96,9 @@ class CaptureLog:
         """The lines of the file."""
         if not self._file.closed:
             self._file.flush()
-        with self._path.open(encoding="utf-8", errors="replace") as file:  # what is no UTF-8 is no line either
+        with self._path.open(
+            encoding="utf-8", errors="replace", newline="\n"
+        ) as file:  # what is no UTF-8 is no line either
             for line in file:
                 yield line.rstrip("\n")
 
@@ -109,7 +112,9 @@ class CaptureLog:
         try:
             line = CaptureLine.model_validate_json(text)
         except ValidationError as error:
-            raise CheckpointError(f"{self._path}:{number}: not a line of a capture log: {text[:80]!r}") from error
+            raise CheckpointError(
+                f"{self._path}:{number}: not a line of a capture log: {text[:80]!r}: {first_fault(error)}"
+            ) from error
         if line.capture >= len(self._next_attempt) or line.prompt >= len(self._seen_prompts):
             raise CheckpointError(
                 f"{self._path}:{number}: capture {line.capture} of prompt {line.prompt} is outside the plan of "

@@ -39,7 +39,7 @@ from services.prompts.capture_log import CaptureLog
 from services.prompts.chat import ChatEncoder, UnusablePromptError
 from services.prompts.config import PromptsConfig
 from services.prompts.intake import Intake, OwnAnswers, first_turns
-from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit
+from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit, lines_of
 from services.prompts.lives import ATTEMPTS_A_LIFE, count_life
 from services.prompts.plan import Plan
 from services.prompts.records import CoordinatorSettings, Progress
@@ -374,7 +374,7 @@ class Coordinator:
                     self._drain()
                 self._log.close()
                 ledger = self._ledger.text(self._ledger.last_step)
-                self._summary = audit(ledger.splitlines(), self._log.lines())
+                self._summary = audit(lines_of(ledger), self._log.lines())
             return self._summary
 
     def _feed(self) -> None:

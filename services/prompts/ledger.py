@@ -16,17 +16,21 @@ Each planned use is trained once, skipped with a reason, or not reached; `audit`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from services.contracts import Record
 from services.errors import CheckpointError, ReplayError
+from services.prompts.plan import MAX_USES
+from services.reading import first_fault, read_json
 
 FIRST = "first"
 """Reason of a capture that is made for the first time; any other says why it was made again."""
+
+MAX_ATTEMPT = 2**62
+"""Above all attempts of a capture: what comes after one is kept in 64 bits."""
 
 MAX_PROBLEMS = 20
 """Faults that an audit lists; a broken log has as many as it has lines."""
@@ -42,6 +46,12 @@ class PlanHeader(Record):
     reuse: int = Field(ge=1)
     seed: int
     digest: str
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_uses > MAX_USES:
+            raise ValueError(f"more than {MAX_USES} uses")
+        return self
 
     @property
     def num_captures(self) -> int:
@@ -82,7 +92,7 @@ class CaptureLine(Record):
 
     capture: int = Field(ge=0)
     prompt: int = Field(ge=0)
-    attempt: int = Field(ge=0)
+    attempt: int = Field(ge=0, lt=MAX_ATTEMPT)
     reason: str
     num_tokens: int
     num_bytes: int
@@ -135,7 +145,7 @@ class Ledger:
             CheckpointError: A line is malformed or contradicts another, or the plan is another one.
         """
         ledger: Ledger | None = None
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(lines_of(text), start=1):
             try:
                 entry = parse_entry(line)
                 if isinstance(entry, HeaderLine) != (ledger is None):
@@ -331,12 +341,19 @@ class _Audit:
             try:
                 yield number, parse(line)
             except (ReplayError, ValidationError) as error:
-                self._fault(f"{name} line {number}: {str(error).splitlines()[0]}")
+                fault = first_fault(error) if isinstance(error, ValidationError) else error
+                self._fault(f"{name} line {number}: {fault}")
 
     def _fault(self, message: str) -> None:
         self._num_problems += 1
         if len(self._problems) < MAX_PROBLEMS:
             self._problems.append(message)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a ledger: only a line feed ends one, since a detail may hold what else ends lines elsewhere."""
+    *lines, rest = text.split("\n")
+    return [*lines, rest] if rest else lines
 
 
 def parse_entry(line: str) -> HeaderLine | SkipLine | StepLine:
@@ -346,7 +363,7 @@ def parse_entry(line: str) -> HeaderLine | SkipLine | StepLine:
         ReplayError: It is not JSON or of no known kind.
     """
     try:
-        value = json.loads(line)
+        value = read_json(line)
     except ValueError as error:
         raise ReplayError(f"not JSON: {error}") from error
     kinds: dict[str, type[HeaderLine | SkipLine | StepLine]] = {"plan": HeaderLine, "skip": SkipLine, "step": StepLine}
@@ -356,8 +373,7 @@ def parse_entry(line: str) -> HeaderLine | SkipLine | StepLine:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise ReplayError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+        raise ReplayError(first_fault(error)) from error
 
 
 def _differences(then: PlanHeader, now: PlanHeader) -> str:

@@ -10,6 +10,9 @@ from services.errors import CheckpointError
 ATTEMPTS_A_LIFE = 1000
 """Attempts of life n are n · 1000 and up: a capture is given up long before the next life's numbers."""
 
+LONGEST_NUMBER = 12
+"""Digits; nobody starts a coordinator so often, and its attempts are still numbers of 64 bits."""
+
 
 def count_life(path: Path) -> int:
     """Begin a life; returns its number, from 0, which no crash can give out twice.
@@ -18,9 +21,16 @@ def count_life(path: Path) -> int:
         CheckpointError: The file holds no number.
     """
     try:
-        life = int(path.read_text()) if path.exists() else 0
-    except ValueError as error:
-        raise CheckpointError(f"{path} holds no number: it counts the lives of this run's coordinator") from error
+        text = path.read_text(encoding="utf-8") if path.exists() else "0"
+    except UnicodeDecodeError:
+        text = ""
+    number = text.strip()
+    if not (number.isascii() and number.isdecimal() and len(number) <= LONGEST_NUMBER):
+        raise CheckpointError(
+            f"{path}: {text[:80]!r} is no number below 10^{LONGEST_NUMBER}: it counts the lives of this run's "
+            "coordinator. Write one into it that is above them, such as 1000"
+        )
+    life = int(number)
     new = path.with_name(f"{path.name}.new")
     with new.open("w") as file:
         file.write(f"{life + 1}\n")

@@ -12,6 +12,10 @@ from array import array
 from functools import lru_cache
 
 from services.contracts import Use
+from services.errors import PromptError
+
+MAX_USES = 10**9
+"""Of a plan: its ledger keeps a byte for each."""
 
 CACHED_EPOCHS = 2
 """Permutations kept: a run is in one epoch, or passes from one to the next."""
@@ -24,6 +28,11 @@ class Plan:
         for name, value in (("num_prompts", num_prompts), ("epochs", epochs), ("reuse", reuse)):
             if value < 1:
                 raise ValueError(f"a plan needs {name} of at least 1, not {value}")
+        if num_prompts * epochs * reuse > MAX_USES:
+            raise PromptError(
+                f"{num_prompts} prompts, prompts.epochs {epochs} and replay.reuse {reuse} make a plan of more than "
+                f"{MAX_USES} uses: lower one of the two"
+            )
         self.num_prompts = num_prompts
         self.epochs = epochs
         self.reuse = reuse

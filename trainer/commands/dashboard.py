@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.reading import read_json
 from trainer.commands.options import JsonOption, fail
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def _is_run(path: Path) -> bool:
 
 def _run_id(path: Path) -> str:
     try:
-        return str(json.loads((path / "run.json").read_text())["run_id"])
-    except (ValueError, KeyError):
+        return str(read_json((path / "run.json").read_bytes())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "unreadable run.json"
 
 
