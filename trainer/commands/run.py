@@ -27,7 +27,7 @@ DEMO_SETTINGS: dict[str, dict[str, Any]] = {
         "drafter.loss_decay_gamma": 2.0,
         "drafter.num_anchors": 48,
         "trainer.learning_rate": 6e-3,
-        "trainer.max_steps": 2600,
+        "trainer.max_steps": 3200,
     },
     "eagle3": {
         "drafter.num_draft_layers": 1,
