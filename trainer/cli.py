@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from trainer.commands import bench, target
+from trainer.commands import bench, replay, target
 from trainer.commands.dashboard import dashboard
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
@@ -33,6 +33,7 @@ app.command()(stop)
 app.command()(dashboard)
 app.add_typer(bench.app, name="bench")
 app.add_typer(target.app, name="target")
+app.add_typer(replay.app, name="replay")
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import redis
 
 from services.contracts import CaptureJob, Outcome, Sample, TableSignature
 from services.errors import ReplayError, TableLostError, UnknownSampleError
-from services.replay.audit import read_snapshot
+from services.replay.keys import inserting_key, jobs_key, sample_key
 from services.replay.recent import RecentCommits
 from services.replay.rules import Admission
 from services.replay.table import RedisTable
@@ -78,6 +79,7 @@ class Intake:
         self.clock = clock
         self._client = client
         self._prefix = prefix
+        self._inserting, self._jobs = inserting_key(prefix), jobs_key(prefix)
         self._signature = signature
         self._work = WorkQueue(client, prefix)
         self._queueing = threading.Lock()
@@ -134,13 +136,20 @@ class Intake:
         Returns:
             How many samples.
         """
-        snapshot = read_snapshot(self._client, self._prefix)
-        attempts = {capture: snapshot.samples[capture].attempt for capture in snapshot.inserting} | snapshot.jobs
-        for capture, attempt in attempts.items():
-            in_flight = snapshot.samples[capture].attempt if capture in snapshot.inserting else attempt
-            self._abandon(_nameless(capture, in_flight))
-            self._work.done(_nameless(capture, attempt))  # of a sample that is committed
-        return len(attempts)
+        # Not by the audit's snapshot: that lists all keys, which a user of few rights may not.
+        inserting: Any = self._client.smembers(self._inserting)
+        entries: Any = self._client.hgetall(self._jobs)
+        in_flight = {int(capture): self._attempt(int(capture)) for capture in inserting}
+        jobs = {int(capture): int(entry.partition(b" ")[0]) for capture, entry in entries.items()}
+        for capture, attempt in (jobs | in_flight).items():
+            self._abandon(_nameless(capture, attempt))
+        for capture, attempt in jobs.items():  # of samples that are committed
+            self._work.done(_nameless(capture, attempt))
+        return len(jobs | in_flight)
+
+    def _attempt(self, capture: int) -> int:
+        text: Any = self._client.hget(sample_key(self._prefix, capture), "attempt")
+        return int(text)
 
     def keep_house(self) -> None:
         """Free what could not be freed before, and forget the oldest commits."""

@@ -32,6 +32,16 @@ def sample_key(prefix: str, capture: int) -> str:
     return f"{prefix}:sample:{capture}"
 
 
+def inserting_key(prefix: str) -> str:
+    """Key of the set of captures in flight."""
+    return f"{prefix}:inserting"
+
+
+def jobs_key(prefix: str) -> str:
+    """Key of the work queue's jobs."""
+    return f"{prefix}:work:jobs"
+
+
 def outcomes_key(prefix: str) -> str:
     """Key of the list of outcomes."""
     return f"{prefix}:outcomes"

@@ -18,6 +18,7 @@ from typing_extensions import Buffer
 from services.checksum import crc32c, verify
 from services.contracts import (
     DEFAULT_CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
     CaptureJob,
     Chunk,
     LeaseName,
@@ -36,7 +37,7 @@ from services.errors import (
     WireError,
 )
 from services.grpc_access import call_metadata, open_channel, why_refused
-from services.grpc_errors import kind_of
+from services.grpc_errors import TOO_LARGE, TOO_LARGE_HERE, kind_of
 from services.replay.wire import (
     MAX_MESSAGE_BYTES,
     SERVICE,
@@ -276,8 +277,12 @@ class ReplayClient:
     def _translate(self, error: grpc.RpcError, what: str) -> SlipstreamError:
         if why := why_refused(error, self.address, self._credentials):
             return ReplayAccessError(f"replay service {self.address} does not let us in: {why}")
-        kind = kind_of(error, ERRORS, ReplayError)
-        return kind(f"replay service {self.address}, {what}: {error.details()} ({error.code().name})")
+        details, kind = error.details() or "", kind_of(error, ERRORS, ReplayError)
+        if TOO_LARGE_HERE in details:
+            kind, details = WireError, f"{details}: a chunk has at most {MAX_CHUNK_BYTES} bytes"
+        elif TOO_LARGE in details:
+            kind, details = ReplayRequestError, f"{details}: send less in one call"
+        return kind(f"replay service {self.address}, {what}: {details} ({error.code().name})")
 
 
 class Producer:

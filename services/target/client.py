@@ -29,6 +29,7 @@ from services.errors import (
     WireError,
 )
 from services.grpc_access import call_metadata, open_channel, why_refused
+from services.grpc_errors import TOO_LARGE, TOO_LARGE_HERE
 from services.security import Credentials
 from services.target.framing import unpack
 from services.target.patience import Patience
@@ -48,11 +49,6 @@ ERRORS: dict[grpc.StatusCode, type[SlipstreamError]] = {
     grpc.StatusCode.CANCELLED: TargetUnavailableError,
 }
 """What a status means to a caller; any other is a TargetError."""
-
-TOO_LARGE = "Received message larger than max"
-TOO_LARGE_HERE = "CLIENT: " + TOO_LARGE
-"""What gRPC says, with the status RESOURCE_EXHAUSTED, of a request that the target does not read, and of an answer that
-we do not."""
 
 
 class TargetClient:

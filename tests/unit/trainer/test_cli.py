@@ -65,7 +65,9 @@ def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     return fake
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["bench", "features"], ["target", "serve"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["run"], ["bench", "features"], ["target", "serve"], ["replay", "serve"]]
+)
 def test_help_names_every_command(command: list[str]) -> None:
     result = slipstream(*command, "--help")
     assert result.exit_code == 0
