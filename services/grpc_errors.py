@@ -15,8 +15,8 @@ ERROR_NAME = "slipstream-error"
 
 TOO_LARGE = "Received message larger than max"
 TOO_LARGE_HERE = "CLIENT: " + TOO_LARGE
-"""What gRPC says, with the status RESOURCE_EXHAUSTED, of a request that a server does not read, and of an answer that we
-do not."""
+"""What gRPC says, with the status RESOURCE_EXHAUSTED, of a request that a server does not read, and of an answer that
+we do not."""
 
 LONGEST_MESSAGE = 2000
 """Characters. gRPC takes 8 KiB of metadata, and a message may quote what a caller sent."""

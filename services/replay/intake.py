@@ -94,10 +94,10 @@ class Intake:
     def hold(self, job: CaptureJob) -> Iterator[Held]:
         """Take a place in line for a sample. Unless it is committed, the end of the context gives everything back."""
         held = Held(self, job.model_copy(update={"attempt": next(self._attempts)}))
+        with self._lock:
+            self._line.append(held)
         try:
             self._enqueue(held.job)
-            with self._lock:
-                self._line.append(held)
             yield held
         finally:
             with self._lock:
