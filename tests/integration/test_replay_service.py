@@ -13,6 +13,7 @@ from replay_serving import (
     SAMPLE_BYTES,
     SIGNATURE,
     TOKENS,
+    WAIT_S,
     Serving,
     assert_equal,
     features,
@@ -25,7 +26,7 @@ from waiting import wait_until
 
 from services.checksum import crc32c
 from services.codec import byte_view
-from services.contracts import CaptureJob, Chunk, LeaseName, TensorName
+from services.contracts import CaptureJob, Chunk, LeaseName, Outcome, TensorName
 from services.errors import (
     DeadlineError,
     FeatureError,
@@ -285,11 +286,20 @@ def test_producer_that_comes_back_takes_its_own_room_over(embedded: EmbeddedRedi
     with serving(embedded, samples=1) as served, ReplayClient(served.address) as client:
         half = HalfSent(client, 1)
         wait_until(lambda: served.table.info().num_inserting == 1, "a sample on its way")
-        with client.producer(SIGNATURE) as producer:
-            assert insert(producer, 1)
+        with (
+            ThreadPoolExecutor(1) as pool,
+            client.producer(SIGNATURE) as other,
+            client.producer(SIGNATURE) as producer,
+        ):
+            first_in_line = pool.submit(insert, other, 2)
+            wait_until(lambda: served.redis.hlen(f"{served.prefix}:work:jobs") == 2, "another one that waits for room")
+            assert insert(producer, 1, wait_s=WAIT_S)
+            assert served.problems() == []
+            client.ack([sample.lease for sample in take(client, 0, captures=[1])])
+            assert first_in_line.result()
         assert served.problems() == []
         half.send_rest()
-        with pytest.raises(UnknownSampleError, match="attempt 0 of capture 1 is not being inserted"):
+        with pytest.raises(UnknownSampleError, match="of capture 1 is not being inserted"):
             half.answers_until_the_end()
         (sample,) = take(client)
         assert_equal(sample)
@@ -311,6 +321,29 @@ def test_service_that_begins_anew_frees_what_was_on_its_way(embedded: EmbeddedRe
                 RedisTable(redis, served.prefix).admit(job, SAMPLE_BYTES, 0.0)
     with serving(embedded, prefix=served.prefix) as again:
         again.assert_at_rest()
+
+
+def test_sample_that_could_not_be_freed_is_freed_later(
+    served: Serving, client: ReplayClient, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis does not answer when its producer is gone."""
+    freed, refused = RedisTable.abandon, 0
+
+    def away_at_first(table: RedisTable, job: CaptureJob, outcome: Outcome) -> bool:
+        nonlocal refused
+        refused += 1
+        if refused <= 2:
+            raise ReplayUnavailableError("Redis does not answer")
+        return freed(table, job, outcome)
+
+    monkeypatch.setattr(RedisTable, "abandon", away_at_first)
+    context, _ = features(1)
+    context[0, 0] = float("inf")
+    with pytest.raises(FeatureError):
+        producer.insert(1, token_ids=range(6), loss_mask=[1] * 6, last_rows=[], context=byte_view(context), last=b"")
+    wait_until(lambda: served.table.info().num_inserting == 0, "the freed sample")
+    assert refused == 3
+    served.assert_at_rest()
 
 
 def test_second_service_under_a_prefix_is_refused(embedded: EmbeddedRedis, served: Serving) -> None:
@@ -430,7 +463,7 @@ def test_stopping_service_lets_a_sample_arrive(embedded: EmbeddedRedis) -> None:
 
 def test_service_makes_its_table_anew_when_redis_lost_it(served: Serving, client: ReplayClient) -> None:
     with client.producer(SIGNATURE) as producer:
-        insert(producer, 1)
+        assert [insert(producer, 1), insert(producer, 1)] == [True, False]
         served.redis.flushall()
 
         def is_there() -> bool:
