@@ -2,8 +2,8 @@
 
     python infra/soak.py --minutes 15
 
-A part is back when its own work goes on: a step for ranks and coordinator, a capture for target, shard and Redis, a new
-process for evaluator and dashboard. At the end the run is stopped in order, and its logs are audited: every use trained
+A part is back when its new process is there and its work goes on: a step for ranks, a capture for coordinator, target,
+shard and Redis; a dashboard when its process is there. At the end the run is stopped in order, and its logs are audited: every use trained
 at most once, bytes within capacity, nothing left running. Exit code 0 only if nothing was lost.
 """
 
@@ -30,8 +30,6 @@ from services.prompts.ledger import audit, lines_of
 
 STEERED = ("target", "shard", "redis", "supervisor", "coordinator", "rank", "dashboard")
 """What is killed; the evaluator works at both ends of a run only."""
-
-CAPTURERS = ("target", "shard", "redis", "supervisor")
 
 PAUSE_S = (8.0, 25.0)
 """Shortest and longest time from one recovery to the next kill."""
@@ -135,23 +133,22 @@ class Soak:
         self._errors.close()
 
     def _hit(self, part: str) -> Recovery:
-        before = self._work(part)
         killed_s = time.monotonic()
         pid = kill(self._run.pid, part)
         if pid is None:
             raise SoakError(f"there is no {part} to kill")
-        self._wait(lambda: self._is_back(part, pid, before), RECOVERY_S, f"the {part}")
+        self._wait(lambda: self._is_there(part, pid), RECOVERY_S, f"a new {part}")
+        if part != "dashboard":
+            before = self._work(part)  # what was done before the kill has long been counted
+            self._wait(lambda: self._work(part) > before, RECOVERY_S, f"the work of the new {part}")
         return Recovery(part, killed_s - self._began_s, time.monotonic() - killed_s)
 
-    def _work(self, part: str) -> int:
-        """A number that grows as a part works."""
-        if part in CAPTURERS:
-            return (self._output / "captures.jsonl").stat().st_size
-        return self._num_steps() if part in ("rank", "coordinator") else 0
+    def _is_there(self, part: str, killed: int) -> bool:
+        return any(process.pid != killed for process in find(self._run.pid, part))
 
-    def _is_back(self, part: str, pid: int, before: int) -> bool:
-        others = [process.pid for process in find(self._run.pid, part) if process.pid != pid]
-        return bool(others) and (part == "dashboard" or self._work(part) > before)
+    def _work(self, part: str) -> int:
+        """A number that grows as a part works: steps of ranks, captures of all who take part in those."""
+        return self._num_steps() if part == "rank" else (self._output / "captures.jsonl").stat().st_size
 
     def _idle(self, duration_s: float) -> None:
         until_s = time.monotonic() + duration_s
