@@ -388,7 +388,7 @@ def test_one_capture_too_many_is_refused_until_a_slot_is_free(held: tuple[HeldEn
 def test_deadline_is_honoured_and_frees_the_slot(held: tuple[HeldEngine, RunningServer]) -> None:
     engine, running = held
     with TargetClient(running.address) as client:
-        with pytest.raises(TargetStalledError, match="DEADLINE_EXCEEDED"):
+        with pytest.raises(TargetStalledError, match=r"DEADLINE_EXCEEDED|nothing came for 0\.3 s"):
             list(client.capture(_job(6), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=0.3))
         assert engine.entered.acquire(timeout=WAIT_S)
         engine.proceed.release(100)
