@@ -25,12 +25,10 @@ class RankGroup:
 
     Args:
         parts: Rank 0 first.
-        generation: Of this group.
     """
 
-    def __init__(self, parts: Sequence[Part], generation: int) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = list(parts)
-        self.generation = generation
         self.results: list[TrainResult] = []
         self._training: dict[Any, int] = {}
 

@@ -136,7 +136,7 @@ class Parts:
             )
             for rank in range(self._recipe.trainer.world_size)
         ]
-        return RankGroup(ranks, generation)
+        return RankGroup(ranks)
 
     @property
     def all(self) -> list[Part]:

@@ -51,7 +51,7 @@ def cluster() -> Iterator[None]:
 
 
 def begin(*fates: str) -> RankGroup:
-    group = RankGroup([start_part(StandInRank, fate) for fate in fates], generation=1)
+    group = RankGroup([start_part(StandInRank, fate) for fate in fates])
     wait_started(group.parts)
     group.begin()
     return group
