@@ -1,7 +1,7 @@
 """Training jobs: recipes, the driver, the DeepSpeed loop, and the `slipstream` command.
 
 command      cli, recipe, console (what is shown), summary (what a run ends with)
-driver       job (the run in one file), preparation, output, cluster, observer, evaluations
+driver       job (the run in one file), preparation, output, cluster, reaper, observer, evaluations
 each rank    rank (the actor), training (puts it together), loop (the training loop), prefetch, loading, collate,
              distributed, schedule, figures
 checkpoints  checkpoint (where they lie), saving (what is in them), provenance

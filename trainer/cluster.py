@@ -19,6 +19,7 @@ from services.control.attach import NoClusterError, attach_ray
 from services.errors import DeadlineError, NotBegunError, PartDiedError, PlacementError, SlipstreamError
 from services.logs import LogPlace, logged
 from services.placement import Ask, alive_nodes
+from trainer.reaper import Reaper
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +54,26 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # notes about its own start are not the user's concern
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with contextlib.redirect_stdout(_PrintedByRay()):
+    with contextlib.redirect_stdout(_PrintedByRay()), contextlib.ExitStack() as ends_last:
         try:
             if local or not _attach():
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
+                _start(ends_last.enter_context(Reaper()))
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process on the spot
             yield
         finally:
             ray.shutdown()
+
+
+def _start(reaper: Reaper) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with reaper.marking():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 class _PrintedByRay(io.TextIOBase):

@@ -1,0 +1,62 @@
+"""What a driver started of its Ray ends with the driver, even where it does not end by itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from waiting import wait_until
+
+from trainer.reaper import GRACE_S, Reaper
+
+SLEEPER = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"]
+
+DRIVER = """
+import subprocess, sys, time
+from trainer.reaper import Reaper
+reaper = Reaper()
+with reaper.marking():
+    child = subprocess.Popen(sys.argv[1:], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(SLEEPER)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, bystander: subprocess.Popen[bytes]) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, *SLEEPER], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    left = psutil.Process(int(driver.stdout.readline()))
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    wait_until(lambda: not left.is_running(), "the reaper did not end what the driver left")
+    assert bystander.poll() is None
+
+
+def test_process_started_outside_the_mark_lives_on(bystander: subprocess.Popen[bytes]) -> None:
+    with Reaper() as reaper:
+        with reaper.marking():
+            marked = subprocess.Popen(SLEEPER)
+        unmarked = subprocess.Popen(SLEEPER)
+    assert marked.wait(timeout=60) < 0
+    assert unmarked.poll() is None
+    unmarked.kill()
+    unmarked.wait()
+
+
+def test_process_that_ends_in_the_time_of_grace_is_left_alone() -> None:
+    with Reaper() as reaper, reaper.marking():
+        ending = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({GRACE_S / 5})"])
+    assert ending.wait(timeout=60) == 0
