@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from typing_extensions import Buffer
+
 from services.contracts import CaptureJob, Chunk, Outcome, Sample, SampleLease, TableSignature
+from services.errors import UnknownSampleError
 from services.replay.protocol import CaptureQueue, ReplayTable
 from services.replay.rules import Admission
 
@@ -56,10 +59,28 @@ def make_sample(job: CaptureJob) -> Sample:
     return Sample(job=job, chunks=chunks, num_bytes=bytes_of(job), target="somewhere")
 
 
+def put_chunk(table: ReplayTable, job: CaptureJob, index: int, payload: Buffer) -> None:
+    """Write one chunk and wait until it is stored."""
+    with table.writing(job) as writer:
+        writer.write(index, payload)
+
+
+def get_chunk(table: ReplayTable, job: CaptureJob, index: int, num_bytes: int | None = None) -> bytes | None:
+    """Read one chunk, by default of the size that `make_sample` gives it; None if it is not there."""
+    chunks = make_sample(job).chunks
+    place = bytearray(num_bytes if num_bytes is not None else chunks[min(index, 1)].num_bytes)
+    try:
+        table.read_into(job, index, place)
+    except UnknownSampleError:
+        return None
+    return bytes(place)
+
+
 def store(table: ReplayTable, job: CaptureJob) -> Sample:
     sample = make_sample(job)
-    for index, chunk in enumerate(sample.chunks):
-        table.put_chunk(job, index, bytes([index + 1]) * chunk.num_bytes)
+    with table.writing(job) as writer:
+        for index, chunk in enumerate(sample.chunks):
+            writer.write(index, bytes([index + 1]) * chunk.num_bytes)
     return sample
 
 

@@ -17,6 +17,7 @@ from services.replay.incoming import IncomingSample
 from services.replay.intake import Held, Intake
 from services.replay.rules import Admission
 from services.replay.service_config import ServiceConfig
+from services.replay.store import ChunkWriter
 from services.replay.wire import MAX_TOKENS, Begin, Commit, Open, read_chunk, read_step
 from services.target.framing import FramedChunk
 from services.wire import replay_pb2 as wire
@@ -152,13 +153,14 @@ class InsertStream:
                 yield _committed(sample_id, already=True)
                 return
             incoming = IncomingSample(held.job, self._signature)
-            yield _credit(sample_id, incoming.credit())
-            while not isinstance(step := self._next(self._config.progress_s, f"sample {sample_id}"), Commit):
-                if not isinstance(step, FramedChunk):
-                    raise ReplayRequestError(f"{_name(step)} came within sample {sample_id}")
-                self._store(step, incoming)
-                if more := incoming.credit():
-                    yield _credit(sample_id, more)
+            with self._intake.table.writing(held.job) as writer:
+                yield _credit(sample_id, incoming.credit())
+                while not isinstance(step := self._next(self._config.progress_s, f"sample {sample_id}"), Commit):
+                    if not isinstance(step, FramedChunk):
+                        raise ReplayRequestError(f"{_name(step)} came within sample {sample_id}")
+                    self._store(step, incoming, writer)
+                    if more := incoming.credit():
+                        yield _credit(sample_id, more)
             if step.sample_id != sample_id:
                 raise ReplayRequestError(f"a commit of sample {step.sample_id} came within sample {sample_id}")
             held.commit(incoming.sample(self._producer))
@@ -190,12 +192,12 @@ class InsertStream:
             f"{info.num_inserting} on their way. It comes with the acks of consumers"
         )
 
-    def _store(self, framed: FramedChunk, incoming: IncomingSample) -> None:
+    def _store(self, framed: FramedChunk, incoming: IncomingSample, writer: ChunkWriter) -> None:
         chunk = read_chunk(framed, incoming.job, self._signature)
         check_arrival(chunk, framed.payload, self._signature)
         index = incoming.num_chunks
         incoming.accept(chunk)
-        self._intake.table.put_chunk(incoming.job, index, framed.payload)
+        writer.write(index, framed.payload)
 
     def _next_begin(self) -> Open | Begin | FramedChunk | Commit | None:
         """What comes after a sample; a service that stops waits for none."""

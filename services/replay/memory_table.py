@@ -6,13 +6,15 @@ its state machine check one against the other. Threads may share it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import secrets
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from typing_extensions import Buffer, override
 
@@ -22,6 +24,7 @@ from services.replay.protocol import CaptureQueue, ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
 from services.replay.rules import Admission, Cleared, check_chunks, committed, resident_already, uses_of
 from services.replay.selectors import Choice, Ready, Selector, priorities
+from services.replay.store import ChunkWriter
 
 
 @dataclass
@@ -191,6 +194,21 @@ class MemoryStore:
         return self.jobs.pop(capture, None) is not None
 
 
+class _Writer(ChunkWriter):
+    """Stores each chunk at once."""
+
+    def __init__(self, put: Callable[[int, Buffer], None]) -> None:
+        self._put = put
+
+    @override
+    def write(self, index: int, payload: Buffer) -> None:
+        self._put(index, payload)
+
+    @override
+    def flush(self) -> None:
+        pass
+
+
 class MemoryTable(ReplayTable):
     """One replay table in a `MemoryStore`."""
 
@@ -275,29 +293,24 @@ class MemoryTable(ReplayTable):
             return Admission.ADMITTED
 
     @override
-    def put_chunk(self, job: CaptureJob, index: int, payload: Buffer) -> None:
-        content = bytes(memoryview(payload).cast("B"))
-        with self._store.lock:
-            capture = self._inserting(job)
-            if index > len(capture.chunks):
-                raise refusals.missing_chunk(job, index, len(capture.chunks))
-            chunks = [*capture.chunks[:index], content, *capture.chunks[index + 1 :]]
-            if (total := sum(map(len, chunks))) > capture.num_bytes:
-                raise refusals.overflowing_chunk(job, index, total, capture.num_bytes)
-            capture.chunks = chunks
+    @contextlib.contextmanager
+    def writing(self, job: CaptureJob) -> Iterator[ChunkWriter]:
+        yield _Writer(partial(self._put_chunk, job))
 
     @override
-    def get_chunk(self, job: CaptureJob, index: int) -> bytes | None:
+    def read_into(self, job: CaptureJob, index: int, place: Buffer) -> None:
+        view = memoryview(place).cast("B")
         with self._store.lock:
-            table = self._store.table
-            if table is None:
-                return None
-            resident, capture = table.residents.get(job.capture), table.inserting.get(job.capture)
-            if resident and resident.sample.job.attempt == job.attempt:
-                return resident.chunks[index] if index < len(resident.chunks) else None
-            if capture and capture.attempt == job.attempt:
-                return capture.chunks[index] if index < len(capture.chunks) else None
-            return None
+            chunks = self._chunks_of(job)
+        if index >= len(chunks):
+            raise refusals.missing_payload(job, index)
+        if len(chunks[index]) != view.nbytes:
+            raise refusals.other_payload_size(job, index, len(chunks[index]), view.nbytes)
+        view[:] = chunks[index]
+
+    @override
+    def close(self) -> None:
+        pass
 
     @override
     def commit(self, sample: Sample, now_s: float) -> None:
@@ -548,6 +561,26 @@ class MemoryTable(ReplayTable):
         if resident:
             raise refusals.not_being_inserted(job, "resident", resident.sample.job.attempt)
         raise refusals.not_being_inserted(job, "gone", None)
+
+    def _put_chunk(self, job: CaptureJob, index: int, payload: Buffer) -> None:
+        content = bytes(memoryview(payload).cast("B"))
+        with self._store.lock:
+            capture = self._inserting(job)
+            if index > len(capture.chunks):
+                raise refusals.missing_chunk(job, index, len(capture.chunks))
+            chunks = [*capture.chunks[:index], content, *capture.chunks[index + 1 :]]
+            if (total := sum(map(len, chunks))) > capture.num_bytes:
+                raise refusals.overflowing_chunk(job, index, total, capture.num_bytes)
+            capture.chunks = chunks
+
+    def _chunks_of(self, job: CaptureJob) -> list[bytes]:
+        table = self._store.table
+        if table is None:
+            return []
+        resident, capture = table.residents.get(job.capture), table.inserting.get(job.capture)
+        if resident and resident.sample.job.attempt == job.attempt:
+            return resident.chunks
+        return capture.chunks if capture and capture.attempt == job.attempt else []
 
     @staticmethod
     def _lease_named(table: _Table, captures: Sequence[int], deadline_s: float) -> list[SampleLease]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from typing_extensions import Buffer
-
 from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay.rate_limiter import RateLimiter
 from services.replay.rules import Admission, Cleared
 from services.replay.selectors import Selector
+from services.replay.store import ChunkStore
 
 
-class ReplayTable(Protocol):
+class ReplayTable(ChunkStore, Protocol):
     """Samples within a byte capacity, leased to trainers, freed when they are used up.
+
+    It passes payloads on to its chunk store: between `admit` and `commit` an attempt's chunks are written, and a lease
+    permits to read them.
 
     A sample goes through these states, one atomic transition each:
 
@@ -89,24 +91,6 @@ class ReplayTable(Protocol):
             ReplayError: It feeds no use, or more than the table allows.
             TableLostError: There is no table.
         """
-        ...
-
-    def put_chunk(self, job: CaptureJob, index: int, payload: Buffer) -> None:
-        """Store one chunk of an admitted capture; the same chunk again replaces the first.
-
-        Args:
-            job: The capture; its attempt must be the one admitted last.
-            index: Number of the chunk within the sample, ascending.
-            payload: Its bytes, not kept after the call.
-
-        Raises:
-            UnknownSampleError: This attempt is not being inserted: abandoned, replaced, or committed.
-            WireError: More bytes than were reserved, or a chunk before it is missing.
-        """
-        ...
-
-    def get_chunk(self, job: CaptureJob, index: int) -> bytes | None:
-        """The bytes of one chunk of an attempt; None if it is not, or no longer, stored."""
         ...
 
     def commit(self, sample: Sample, now_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from services.errors import (
     SignatureError,
     TableLostError,
     UnknownSampleError,
-    WireError,
 )
 from services.replay.connect import connect
-from services.replay.keys import chunk_key
 from services.replay.table import RedisTable
 
 POLL_S = 0.01
@@ -192,18 +190,7 @@ class ReplayReader:
         for index, chunk in enumerate(lease.sample.chunks):
             view, row_bytes = places[chunk.tensor]
             place = view[chunk.row_start * row_bytes : chunk.row_end * row_bytes]
-            payload: Any = self._client.get(chunk_key(self._prefix, job.capture, job.attempt, index))
-            if payload is None:
-                raise UnknownSampleError(
-                    f"chunk {index} of capture {job.capture} is not in the replay buffer: lease {lease.lease_id} has "
-                    "ended. Raise replay.lease_s above the time a trainer holds a sample."
-                )
-            if len(payload) != place.nbytes:
-                raise WireError(
-                    f"chunk {index} of capture {job.capture} has {len(payload)} bytes, rows {chunk.row_start} to "
-                    f"{chunk.row_end} of {chunk.tensor} need {place.nbytes}"
-                )
-            place[:] = payload
+            self._table.read_into(job, index, place)
         return CapturedSample(
             lease=lease,
             input_ids=torch.tensor(job.input_ids, dtype=torch.long),
@@ -263,6 +250,7 @@ class ReplayReader:
 
     def close(self) -> None:
         """Close the connections."""
+        self._table.close()
         self._client.close()
 
     def _check_signature(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from services.contracts import CaptureJob, TableSignature
 from services.errors import (
     ReplayError,
@@ -77,6 +79,12 @@ def not_being_inserted(job: CaptureJob, state: str, attempt: int | None) -> Unkn
     return UnknownSampleError(f"attempt {job.attempt} of capture {job.capture} is not being inserted: {now}")
 
 
+def stale_attempt(job: CaptureJob, held: Sequence[bytes]) -> UnknownSampleError:
+    """The same; `held` are state and attempt as a script answers them."""
+    state, attempt = (part.decode() for part in held)
+    return not_being_inserted(job, state, int(attempt) if attempt else None)
+
+
 def unreserved_bytes(job: CaptureJob, num_bytes: int, reserved_bytes: int) -> WireError:
     """A sample of more bytes than were reserved."""
     return WireError(f"capture {job.capture}: {num_bytes} bytes were to be committed, {reserved_bytes} are reserved")
@@ -96,6 +104,22 @@ def other_chunk_size(job: CaptureJob, index: int, stored_bytes: int, sent_bytes:
     """A chunk of another length than the sample names."""
     return WireError(
         f"capture {job.capture}: chunk {index} has {stored_bytes} bytes in the table, {sent_bytes} were sent"
+    )
+
+
+def missing_payload(job: CaptureJob, index: int) -> UnknownSampleError:
+    """A chunk that is to be read and is not there."""
+    return UnknownSampleError(
+        f"chunk {index} of capture {job.capture} is not in the replay buffer: the lease of its sample has ended. Raise "
+        "replay.lease_s (lease_s of a Lease request) above the time that reading and training take."
+    )
+
+
+def other_payload_size(job: CaptureJob, index: int, stored_bytes: int, wanted_bytes: int) -> WireError:
+    """A chunk that is not as long as the place it is to be read to."""
+    return WireError(
+        f"chunk {index} of capture {job.capture} has {stored_bytes} bytes in the replay buffer, its rows need "
+        f"{wanted_bytes}"
     )
 
 

@@ -23,7 +23,6 @@ from services.errors import (
     TableLostError,
     UnknownSampleError,
     UsageError,
-    WireError,
 )
 from services.grpc_errors import abort
 from services.grpc_server import GrpcServer
@@ -326,19 +325,10 @@ class _Service:
             return
         job = lease.sample.job
         for index, chunk in enumerate(lease.sample.chunks):
-            payload = self._table.get_chunk(job, index)
-            if payload is None:
-                raise UnknownSampleError(
-                    f"chunk {index} of sample {job.capture} is not in the replay buffer: lease {lease.lease_id} has "
-                    "ended. Ask for a lease_s above the time that reading and training take"
-                )
-            if len(payload) != chunk.num_bytes:
-                raise WireError(
-                    f"chunk {index} of sample {job.capture} has {len(payload)} bytes in the replay buffer, "
-                    f"{chunk.num_bytes} were committed"
-                )
+            place = bytearray(chunk.num_bytes)
+            self._table.read_into(job, index, place)
             yield pack_chunk(
-                wire.LeaseResponse, FramedChunk(write_chunk(job, chunk, self._signature), memoryview(payload))
+                wire.LeaseResponse, FramedChunk(write_chunk(job, chunk, self._signature), memoryview(place))
             )
 
     def _give_back(self, leases: Sequence[SampleLease], generation: int) -> None:

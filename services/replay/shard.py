@@ -154,6 +154,7 @@ class ReplayShard:
             self._stop.set()
             self._targets.close()
             pool.shutdown(wait=True)
+            self._table.close()
             self._telemetry.close()
             if self._answers:
                 self._answers.close()
@@ -404,12 +405,13 @@ class ReplayShard:
             progress_s=progress_s,
             on_answer=take_answer,
         )
-        for chunk, payload in stream:
-            if self._stop.is_set():
-                raise TargetUnavailableError("the shard is stopping")
-            check_arrival(chunk, payload, self._signature)
-            self._table.put_chunk(job, len(chunks), payload)
-            chunks.append(chunk)
+        with self._table.writing(job) as writer:
+            for chunk, payload in stream:
+                if self._stop.is_set():
+                    raise TargetUnavailableError("the shard is stopping")
+                check_arrival(chunk, payload, self._signature)
+                writer.write(len(chunks), payload)
+                chunks.append(chunk)
         if job.generate is not None:
             answer = known.input_ids[job.num_tokens :]
             assert self._answers is not None, "a job that lets the target answer needs a file for the answers"

@@ -6,6 +6,7 @@ import math
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import redis
@@ -13,12 +14,14 @@ from typing_extensions import Buffer, override
 
 from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay import refusals
-from services.replay.keys import chunk_key, destroy, table_key
+from services.replay.keys import destroy, table_key
 from services.replay.protocol import ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
+from services.replay.redis_store import RedisChunkStore
 from services.replay.rules import Admission, Cleared, check_chunks, committed, resident_already, uses_of
 from services.replay.scripts import Reply, Scripts
 from services.replay.selectors import Selector, priorities
+from services.replay.store import ChunkStore, ChunkWriter
 
 __all__ = ["Admission", "Cleared", "RedisTable"]
 
@@ -28,17 +31,26 @@ OUTCOMES_A_DRAIN = 1000
 class RedisTable(ReplayTable):
     """One replay table under one prefix of one Redis."""
 
-    def __init__(self, client: redis.Redis, prefix: str, *, draw: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        prefix: str,
+        *,
+        chunks: ChunkStore | None = None,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
         """Attach to a table.
 
         Args:
             client: From `connect`.
             prefix: Of all its keys.
+            chunks: Where payloads lie; by default in the same Redis.
             draw: Where selectors take their numbers in [0, 1) from, one a use.
         """
         self._client = client
         self._prefix = prefix
         self._scripts = Scripts(client, prefix)
+        self._chunks = chunks or RedisChunkStore(client, prefix)
         self._draw = draw
 
     @override
@@ -101,22 +113,12 @@ class RedisTable(ReplayTable):
         return Admission(status)
 
     @override
-    def put_chunk(self, job: CaptureJob, index: int, payload: Buffer) -> None:
-        view = memoryview(payload).cast("B")
-        status, rest = self._scripts.run("place", job.capture, job.attempt, index, view.nbytes)
-        if status == "OVERFLOW":
-            raise refusals.overflowing_chunk(job, index, int(rest[0]), int(rest[1]))
-        if status == "GAP":
-            raise refusals.missing_chunk(job, index, int(rest[0]))
-        if status == "STALE":
-            raise _not_being_inserted(job, rest)
-        if not self._client.set(rest[0], view, xx=True):
-            raise refusals.not_being_inserted(job, "gone", None)
+    def writing(self, job: CaptureJob) -> AbstractContextManager[ChunkWriter]:
+        return self._chunks.writing(job)
 
     @override
-    def get_chunk(self, job: CaptureJob, index: int) -> bytes | None:
-        payload: Any = self._client.get(chunk_key(self._prefix, job.capture, job.attempt, index))
-        return None if payload is None else bytes(payload)
+    def read_into(self, job: CaptureJob, index: int, place: Buffer) -> None:
+        self._chunks.read_into(job, index, place)
 
     @override
     def commit(self, sample: Sample, now_s: float) -> None:
@@ -138,7 +140,7 @@ class RedisTable(ReplayTable):
             *uses_of(job),
         )
         if status == "STALE":
-            raise _not_being_inserted(job, rest)
+            raise refusals.stale_attempt(job, rest)
         if status == "BYTES":
             raise refusals.unreserved_bytes(job, int(rest[0]), int(rest[1]))
         if status == "CHUNKS":
@@ -288,6 +290,10 @@ class RedisTable(ReplayTable):
     def destroy(self) -> None:
         destroy(self._client, self._prefix, keep_claim=True)
 
+    @override
+    def close(self) -> None:
+        self._chunks.close()
+
     def _check_generation(self, status: str, rest: Reply, generation: int) -> None:
         if status == "STALE":
             raise refusals.stale_generation(self._prefix, generation, int(rest[0]))
@@ -301,8 +307,3 @@ class RedisTable(ReplayTable):
 def _bound(value: float) -> str | int:
     """A limit as the scripts keep it: '' without bounds."""
     return int(value) if math.isfinite(value) else ""
-
-
-def _not_being_inserted(job: CaptureJob, rest: Reply) -> Exception:
-    state, attempt = (part.decode() for part in rest)
-    return refusals.not_being_inserted(job, state, int(attempt) if attempt else None)

@@ -9,10 +9,12 @@ from replaying import (
     MakeReplay,
     captures_of,
     failed,
+    get_chunk,
     insert,
     lease,
     make_job,
     make_sample,
+    put_chunk,
     store,
 )
 
@@ -80,7 +82,7 @@ def test_missing_table_is_said_to_be_lost(make_replay: MakeReplay) -> None:
         with pytest.raises(TableLostError, match="prefix 'run'"):
             call()
     assert table.abandon(make_job(0), failed(make_job(0))) is False
-    assert (table.drain_outcomes(), table.get_chunk(make_job(0), 0)) == ([], None)
+    assert (table.drain_outcomes(), get_chunk(table, make_job(0), 0)) == ([], None)
 
 
 # Admission.
@@ -92,7 +94,8 @@ def test_bytes_count_from_admission_to_last_ack(table: ReplayTable) -> None:
     assert table.info().resident_bytes == 56
     assert table.info().num_inserting == 1
     table.commit(store(table, job), 2.0)
-    assert (table.get_chunk(job, 0), table.get_chunk(job, 1), table.get_chunk(job, 2)) == (b"\1" * 48, b"\2" * 8, None)
+    stored = [get_chunk(table, job, index) for index in range(3)]
+    assert stored == [b"\1" * 48, b"\2" * 8, None]
     (leased,) = lease(table)
     assert (table.info().resident_bytes, table.info().num_leased) == (56, 1)
     table.ack([leased], 0, 3.0)
@@ -101,7 +104,7 @@ def test_bytes_count_from_admission_to_last_ack(table: ReplayTable) -> None:
         *(0, 56, 0, 0, 0),
     )
     assert (info.inserts, info.samples, info.deletes) == (1, 1, 1)
-    assert table.get_chunk(job, 0) is None
+    assert get_chunk(table, job, 0) is None
 
 
 def test_full_table_admits_again_once_a_sample_is_used(table: ReplayTable) -> None:
@@ -169,12 +172,12 @@ def test_newer_attempt_takes_over_the_space_of_a_full_table(table: ReplayTable) 
     for capture in range(4):
         table.admit(make_job(capture), 56, 0.0)
     old, new = make_job(0), make_job(0, attempt=1)
-    table.put_chunk(old, 0, bytes(48))
+    put_chunk(table, old, 0, bytes(48))
     assert table.admit(new, 56, 0.0) is Admission.ADMITTED
-    assert (table.get_chunk(old, 0), table.get_chunk(new, 0)) == (None, None)
+    assert (get_chunk(table, old, 0), get_chunk(table, new, 0)) == (None, None)
     assert (table.info().resident_bytes, table.info().num_inserting) == (4 * 56, 4)
     with pytest.raises(UnknownSampleError, match=r"attempt 0 of capture 0 .* inserting with attempt 1"):
-        table.put_chunk(old, 0, bytes(48))
+        put_chunk(table, old, 0, bytes(48))
     with pytest.raises(UnknownSampleError, match="attempt 0"):
         table.commit(make_sample(old), 0.0)
     assert table.abandon(old, failed(old)) is False
@@ -199,27 +202,27 @@ def test_takeover_of_another_size_is_counted_anew(table: ReplayTable) -> None:
 def test_more_bytes_than_reserved_are_refused(table: ReplayTable) -> None:
     job = make_job(0)
     table.admit(job, 56, 0.0)
-    table.put_chunk(job, 0, bytes(48))
+    put_chunk(table, job, 0, bytes(48))
     with pytest.raises(WireError, match="chunk 1 brings it to 57 bytes, 56 are reserved"):
-        table.put_chunk(job, 1, bytes(9))
-    assert (table.get_chunk(job, 0), table.get_chunk(job, 1)) == (bytes(48), None)
+        put_chunk(table, job, 1, bytes(9))
+    assert (get_chunk(table, job, 0), get_chunk(table, job, 1)) == (bytes(48), None)
 
 
 def test_same_chunk_again_replaces_the_first(table: ReplayTable) -> None:
     job = make_job(0)
     table.admit(job, 56, 0.0)
-    table.put_chunk(job, 0, b"a" * 48)
-    table.put_chunk(job, 0, memoryview(b"b" * 48))
-    table.put_chunk(job, 1, bytearray(8))
+    put_chunk(table, job, 0, b"a" * 48)
+    put_chunk(table, job, 0, memoryview(b"b" * 48))
+    put_chunk(table, job, 1, bytearray(8))
     table.commit(make_sample(job), 0.0)
-    assert table.get_chunk(job, 0) == b"b" * 48
+    assert get_chunk(table, job, 0) == b"b" * 48
 
 
 def test_chunk_out_of_order_is_refused(table: ReplayTable) -> None:
     job = make_job(0)
     table.admit(job, 56, 0.0)
     with pytest.raises(WireError, match="chunk 1 came where chunk 0 was due"):
-        table.put_chunk(job, 1, bytes(8))
+        put_chunk(table, job, 1, bytes(8))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_incomplete_sample_is_not_committed(table: ReplayTable, stored: list[int
     job = make_job(0)
     table.admit(job, 56, 0.0)
     for index, num_bytes in enumerate(stored):
-        table.put_chunk(job, index, bytes(num_bytes))
+        put_chunk(table, job, index, bytes(num_bytes))
     with pytest.raises(WireError, match=message):
         table.commit(make_sample(job), 0.0)
     assert lease(table) == []
@@ -299,12 +302,12 @@ def test_many_outcomes_are_drained_in_order(table: ReplayTable) -> None:
 def test_abandoned_capture_frees_its_bytes_once(table: ReplayTable) -> None:
     job = make_job(0)
     table.admit(job, 56, 0.0)
-    table.put_chunk(job, 0, bytes(48))
+    put_chunk(table, job, 0, bytes(48))
     assert table.abandon(job, failed(job, retry=True)) is True
     assert table.abandon(job, failed(job, retry=True)) is False
     assert table.drain_outcomes() == [failed(job, retry=True)]
     assert (table.info().resident_bytes, table.info().num_inserting) == (0, 0)
-    assert table.get_chunk(job, 0) is None
+    assert get_chunk(table, job, 0) is None
     assert table.admit(job, 56, 0.0) is Admission.ADMITTED
 
 
@@ -527,7 +530,7 @@ def test_clear_drops_samples_leases_and_jobs_and_keeps_what_was_not_drained(
     work.push(make_job(3))
     assert work.take(0.0, 10.0) == in_flight
     table.admit(in_flight, JOB_BYTES, 0.0, queued=True)
-    table.put_chunk(in_flight, 0, bytes(48))
+    put_chunk(table, in_flight, 0, bytes(48))
     table.admit(make_job(4), JOB_BYTES, 0.0)
     assert table.admit(make_job(5), JOB_BYTES, 0.0) is Admission.FULL
     table.seal()
@@ -540,9 +543,9 @@ def test_clear_drops_samples_leases_and_jobs_and_keeps_what_was_not_drained(
     assert (info.resident_bytes, info.num_ready, info.num_ready_uses, info.num_leased, info.num_inserting) == (0,) * 5
     assert (info.inserts, info.samples, info.deletes, info.difference, info.wanted_bytes) == (0,) * 5
     assert (info.generation, info.sealed, info.peak_bytes) == (3, False, 4 * JOB_BYTES)
-    assert table.get_chunk(in_flight, 0) is None
+    assert get_chunk(table, in_flight, 0) is None
     with pytest.raises(UnknownSampleError, match="abandoned or never admitted"):
-        table.put_chunk(in_flight, 1, bytes(8))
+        put_chunk(table, in_flight, 1, bytes(8))
     with pytest.raises(StaleGenerationError):
         table.ack([held], 0, 0.0)
     with pytest.raises(UnknownSampleError, match="not held"):

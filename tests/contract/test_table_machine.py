@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from replaying import SIGNATURE, Replay, bytes_of, failed, make_job, make_sample
+from replaying import SIGNATURE, Replay, bytes_of, failed, get_chunk, make_job, make_sample, put_chunk, store
 
 from services.contracts import CaptureJob, SampleLease
 from services.errors import SlipstreamError
@@ -199,7 +199,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(pick=PICKS, index=st.integers(0, 2), num_bytes=st.integers(1, 100))
     def put_any_chunk(self, pick: int, index: int, num_bytes: int) -> None:
         job, payload = self.some_job(pick), bytes([index + 1]) * num_bytes
-        self.both(lambda it: it.table.put_chunk(job, index, payload))
+        self.both(lambda it: put_chunk(it.table, job, index, payload))
 
     @precondition(lambda self: self.jobs)
     @rule(pick=PICKS)
@@ -229,9 +229,7 @@ class TableMachine(RuleBasedStateMachine):
 
     def commit_whole(self, job: CaptureJob) -> Any:
         sample = make_sample(job)
-        for index, chunk in enumerate(sample.chunks):
-            payload = bytes([index + 1]) * chunk.num_bytes
-            self.both(lambda it, index=index, payload=payload: it.table.put_chunk(job, index, payload))
+        self.both(lambda it: store(it.table, job))
         inserts = self.both(lambda it: it.table.info()).inserts
         answer = self.both(lambda it: it.table.commit(sample, self.now_s))
         if self.both(lambda it: it.table.info()).inserts > inserts:
@@ -364,10 +362,12 @@ class TableMachine(RuleBasedStateMachine):
         assert [line for line in problems if not any(word in line for word in OUT_OF_SCOPE)] == []
 
     @precondition(lambda self: self.jobs)
-    @rule(pick=PICKS, index=st.integers(0, 2))
-    def chunks_are_alike(self, pick: int, index: int) -> None:
+    @rule(pick=PICKS, index=st.integers(0, 2), num_bytes=st.integers(1, 100))
+    def chunks_are_alike(self, pick: int, index: int, num_bytes: int) -> None:
         job = self.some_job(pick)
-        self.both(lambda it: it.table.get_chunk(job, index))
+        answer = self.both(lambda it: get_chunk(it.table, job, index, num_bytes))
+        if isinstance(answer, Refused) and (stored := re.search(r"has (\d+) bytes", answer.message)):
+            assert isinstance(self.both(lambda it: get_chunk(it.table, job, index, int(stored[1]))), bytes)
 
     @rule(count=st.integers(1, 5))
     def something_can_always_move(self, count: int) -> None:

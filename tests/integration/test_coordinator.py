@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replaying import put_chunk
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from waiting import wait_until
 
@@ -157,7 +158,7 @@ class Run:
         chunks = []
         for index, (tensor, (rows, row_bytes)) in enumerate(sizes.items()):
             chunk = Chunk(tensor=tensor, row_start=0, row_end=rows, num_bytes=rows * row_bytes, crc32c=0)
-            self.table.put_chunk(job, index, bytes(chunk.num_bytes))
+            put_chunk(self.table, job, index, bytes(chunk.num_bytes))
             chunks.append(chunk)
         self.table.commit(Sample(job=job, chunks=tuple(chunks), num_bytes=num_bytes, target="t"), time.time())
         return job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from replaying import JOB_BYTES, SIGNATURE, failed, insert, lease, make_job, make_sample
+from replaying import JOB_BYTES, SIGNATURE, failed, insert, lease, make_job, make_sample, put_chunk
 
 from services.errors import TableLostError, UnknownSampleError
 from services.replay.connect import Client, connect
@@ -70,7 +70,7 @@ def test_payload_of_a_freed_capture_leaves_nothing_behind(
 
     monkeypatch.setattr(redis_client, "set", abandoned_before_set)
     with pytest.raises(UnknownSampleError, match="abandoned"):
-        table.put_chunk(job, 0, bytes(48))
+        put_chunk(table, job, 0, bytes(48))
     assert redis_client.keys("run:chunk:*") == []
     assert table.info().resident_bytes == 0
 

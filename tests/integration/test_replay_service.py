@@ -425,7 +425,7 @@ def test_lease_that_cannot_be_delivered_goes_back(served: Serving, client: Repla
     chunk = served.redis.get(key)
     assert chunk is not None
     served.redis.delete(key)
-    with pytest.raises(UnknownSampleError, match="chunk 0 of sample 1 is not in the replay buffer"):
+    with pytest.raises(UnknownSampleError, match="chunk 0 of capture 1 is not in the replay buffer"):
         take(client)
     wait_until(lambda: served.table.info().num_leased == 0, "the lease to go back")
     served.redis.set(key, chunk[:-1])

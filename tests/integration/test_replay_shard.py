@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from replaying import put_chunk
 from waiting import wait_until
 
 from services.answers import AnswerBook
@@ -469,7 +470,7 @@ def test_new_shard_takes_over_what_a_dead_one_had_taken(embedded: EmbeddedRedis,
         setup.work.push(job)
         setup.work.take(time.time(), 1e6)
         setup.table.admit(job, JOB_BYTES, time.time())
-    setup.table.put_chunk(jobs[0], 0, bytes(64))
+    put_chunk(setup.table, jobs[0], 0, bytes(64))
     assert setup.table.info().num_inserting == 4
     with setup.running():
         assert setup.outcomes(4) == [(capture, 1, "committed") for capture in range(4)]
@@ -563,7 +564,7 @@ def test_chunk_of_another_length_is_refused(embedded: EmbeddedRedis, client: Cli
         setup.work.push(make_job(0))
         (lease,) = setup.lease()
         client.set("run:chunk:0:0:1", b"short")
-        with pytest.raises(WireError, match="chunk 1 of capture 0 has 5 bytes, rows 4 to 5 of context need 16"):
+        with pytest.raises(WireError, match="chunk 1 of capture 0 has 5 bytes in the replay buffer, its rows need 16"):
             setup.reader.fetch(lease)
 
 

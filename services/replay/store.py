@@ -1,0 +1,78 @@
+"""Where the payloads of samples lie: what a replay table asks of its chunk store, whatever that is.
+
+A table's metadata, leases and byte accounting are transitions in Redis; only payloads go through a store. A store frees
+nothing by itself: the transition that ends a sample does, in the same step.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from typing_extensions import Buffer
+
+from services.contracts import CaptureJob
+
+
+class ChunkWriter(Protocol):
+    """Stores the chunks of one admitted attempt; from `ChunkStore.writing`. One thread uses it.
+
+    It may run ahead of the store: what a chunk is refused with is raised by this call, by a later one, or at the
+    latest by `flush`. After an error the writer is of no use any more.
+    """
+
+    def write(self, index: int, payload: Buffer) -> None:
+        """Store a chunk; the same chunk again replaces the first.
+
+        Args:
+            index: Number of the chunk within the sample, ascending.
+            payload: Its bytes, not kept after the call.
+
+        Raises:
+            UnknownSampleError: The attempt is not being inserted: abandoned, replaced, or committed.
+            WireError: More bytes than were reserved, or a chunk before it is missing.
+            ReplayUnavailableError: The store does not answer.
+            ReplayError: The store has no space left.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Wait until all chunks so far are stored.
+
+        Raises:
+            SlipstreamError: As `write` does.
+        """
+        ...
+
+
+class ChunkStore(Protocol):
+    """Payloads of the samples of one table. Threads may share it."""
+
+    def writing(self, job: CaptureJob) -> AbstractContextManager[ChunkWriter]:
+        """Store the chunks of an attempt that was admitted, and is committed after the end of the context.
+
+        Leaving the context flushes; leaving it with an error gives up what was on its way.
+
+        Args:
+            job: The capture; its attempt must be the one admitted last, and has one writer at a time.
+        """
+        ...
+
+    def read_into(self, job: CaptureJob, index: int, place: Buffer) -> None:
+        """Read one chunk of an attempt to where it belongs.
+
+        Args:
+            job: The capture, with the attempt that was committed.
+            index: Number of the chunk within the sample.
+            place: Writable and contiguous, as long as the chunk. After an error its content is undefined.
+
+        Raises:
+            UnknownSampleError: The chunk is not, or no longer, stored.
+            WireError: It has another length.
+            ReplayUnavailableError: The store does not answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the connections. Again: nothing happens."""
+        ...
