@@ -17,17 +17,32 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-WIRE_VERSION = 1
-"""Version of proto/target.proto and of the chunk layout; both ends of a capture must have the same."""
+WIRE_VERSION = 2
+"""Version of proto/target.proto and of the chunk layout; both ends of a capture must have the same.
+
+2 brought fp8_e4m3."""
 
 TensorName = Literal["context", "last"]
-WireDtype = Literal["bf16", "fp16", "fp32"]
+WireDtype = Literal["bf16", "fp16", "fp32", "fp8_e4m3"]
 
 DEFAULT_CHUNK_BYTES = 1024**2
 MAX_CHUNK_BYTES = 4 * 1024**2
 """Usual and largest payload of a chunk: no object on the wire or in Redis is larger."""
 
-DTYPE_BYTES: dict[WireDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPE_BYTES: dict[WireDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
+"""Of one element."""
+
+SCALE_BYTES: dict[WireDtype, int] = {"bf16": 0, "fp16": 0, "fp32": 0, "fp8_e4m3": 4}
+"""Of the float32 scale behind each hidden state."""
+
+MIN_SCALE = 2.0**-126
+MAX_SCALE = 255 * 2.0**120 / 448
+"""Bounds of fp8's scales: float32's smallest normal number, and bfloat16's largest over e4m3's."""
+
+
+def hidden_state_bytes(hidden_size: int, dtype: WireDtype) -> int:
+    """Bytes of one token's hidden state of one layer: its elements, and behind them the scale if the dtype has any."""
+    return hidden_size * DTYPE_BYTES[dtype] + SCALE_BYTES[dtype]
 
 
 class Record(BaseModel):
@@ -90,12 +105,12 @@ class TableSignature(Record):
     @property
     def context_row_bytes(self) -> int:
         """Bytes of one token's context features."""
-        return len(self.layer_ids) * self.hidden_size * DTYPE_BYTES[self.dtype]
+        return len(self.layer_ids) * self.last_row_bytes
 
     @property
     def last_row_bytes(self) -> int:
         """Bytes of one token's last hidden state."""
-        return self.hidden_size * DTYPE_BYTES[self.dtype]
+        return hidden_state_bytes(self.hidden_size, self.dtype)
 
     def sample_bytes(self, num_tokens: int, num_last_rows: int) -> int:
         """Payload bytes of one sample, known before it is captured."""

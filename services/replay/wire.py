@@ -9,7 +9,6 @@ from typing import NamedTuple, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from services.contracts import (
-    DTYPE_BYTES,
     MAX_CHUNK_BYTES,
     CaptureJob,
     Chunk,
@@ -18,6 +17,7 @@ from services.contracts import (
     SampleLease,
     TableInfo,
     TableSignature,
+    TensorName,
 )
 from services.errors import ReplayRequestError, WireError
 from services.target.framing import FramedChunk, parts_of, read_varint, unpack, write_varint
@@ -268,12 +268,11 @@ def read_chunk(framed: FramedChunk, job: CaptureJob, signature: TableSignature) 
     tensor = TENSOR_FROM_WIRE[header.tensor]
     if DTYPE_FROM_WIRE.get(header.dtype) != signature.dtype:
         raise WireError(f"sample {job.capture}: dtype number {header.dtype} came, the table holds {signature.dtype}")
-    row_bytes = signature.context_row_bytes if tensor == "context" else signature.last_row_bytes
     num_rows = job.num_tokens if tensor == "context" else len(job.last_rows)
-    if header.row_width * DTYPE_BYTES[signature.dtype] != row_bytes:
+    row_width = _row_width(tensor, signature)
+    if header.row_width != row_width:
         raise WireError(
-            f"sample {job.capture}: rows of {tensor} with {header.row_width} elements came, the table's have "
-            f"{row_bytes // DTYPE_BYTES[signature.dtype]}"
+            f"sample {job.capture}: rows of {tensor} with {header.row_width} elements came, the table has {row_width}"
         )
     if not header.row_start < header.row_end <= num_rows:
         raise WireError(
@@ -292,16 +291,20 @@ def read_chunk(framed: FramedChunk, job: CaptureJob, signature: TableSignature) 
     )
 
 
+def _row_width(tensor: TensorName, signature: TableSignature) -> int:
+    """Elements of one row."""
+    return (len(signature.layer_ids) if tensor == "context" else 1) * signature.hidden_size
+
+
 def write_chunk(job: CaptureJob, chunk: Chunk, signature: TableSignature) -> target_wire.FeatureChunk:
     """The header of a chunk that travels."""
-    row_bytes = signature.context_row_bytes if chunk.tensor == "context" else signature.last_row_bytes
     return target_wire.FeatureChunk(
         sample_id=job.capture,
         generation=job.attempt,
         tensor=TENSOR_TO_WIRE[chunk.tensor],
         row_start=chunk.row_start,
         row_end=chunk.row_end,
-        row_width=row_bytes // DTYPE_BYTES[signature.dtype],
+        row_width=_row_width(chunk.tensor, signature),
         dtype=DTYPE_TO_WIRE[signature.dtype],
         crc32c=chunk.crc32c,
     )

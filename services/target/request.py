@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from services.contracts import (
     DEFAULT_CHUNK_BYTES,
-    DTYPE_BYTES,
     MAX_CHUNK_BYTES,
     WIRE_VERSION,
     LastRows,
     TargetDescription,
     TensorName,
     WireDtype,
+    hidden_state_bytes,
 )
 from services.errors import CaptureRequestError
 from services.wire import target_pb2 as wire
@@ -22,7 +22,12 @@ from services.wire import target_pb2 as wire
 SERVICE = wire.DESCRIPTOR.services_by_name["Target"].full_name
 """Name of the gRPC service, in front of its methods' names."""
 
-DTYPE_TO_WIRE: dict[WireDtype, wire.WireDtype] = {"bf16": wire.BF16, "fp16": wire.FP16, "fp32": wire.FP32}
+DTYPE_TO_WIRE: dict[WireDtype, wire.WireDtype] = {
+    "bf16": wire.BF16,
+    "fp16": wire.FP16,
+    "fp32": wire.FP32,
+    "fp8_e4m3": wire.FP8_E4M3,
+}
 DTYPE_FROM_WIRE: dict[int, WireDtype] = {number: name for name, number in DTYPE_TO_WIRE.items()}
 TENSOR_TO_WIRE: dict[TensorName, wire.TensorName] = {"context": wire.CONTEXT, "last": wire.LAST}
 TENSOR_FROM_WIRE: dict[int, TensorName] = {number: name for name, number in TENSOR_TO_WIRE.items()}
@@ -81,7 +86,7 @@ def read_request(message: wire.CaptureRequest, target: TargetDescription) -> Cap
     """
     if message.wire_version != WIRE_VERSION:
         raise CaptureRequestError(
-            f"wire_version {message.wire_version} is not this target's {WIRE_VERSION}: "
+            f"the caller speaks wire version {message.wire_version}, this target {WIRE_VERSION}: "
             "run the same Slipstream version on both ends"
         )
     if message.dtype not in DTYPE_FROM_WIRE:
@@ -98,7 +103,7 @@ def read_request(message: wire.CaptureRequest, target: TargetDescription) -> Cap
     _check_layers(inputs.layer_ids, target)
     _check_last_rows(inputs.last_rows, len(inputs.input_ids))
     chunk_bytes = message.chunk_bytes or DEFAULT_CHUNK_BYTES
-    row_bytes = len(inputs.layer_ids) * target.hidden_size * DTYPE_BYTES[inputs.dtype]
+    row_bytes = len(inputs.layer_ids) * hidden_state_bytes(target.hidden_size, inputs.dtype)
     if not row_bytes <= chunk_bytes <= MAX_CHUNK_BYTES:
         raise CaptureRequestError(
             f"chunk_bytes {chunk_bytes} must lie between {row_bytes} (one token of {len(inputs.layer_ids)} layers as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from services.contracts import DTYPE_BYTES, CaptureJob, Chunk, TensorName, WireDtype
+from services.contracts import CaptureJob, Chunk, TensorName, WireDtype, hidden_state_bytes
 from services.errors import WireError
 from services.target.framing import FramedChunk
 from services.target.request import DTYPE_FROM_WIRE, TENSOR_FROM_WIRE
@@ -50,7 +50,7 @@ class StreamCheck:
         tensor = TENSOR_FROM_WIRE[header.tensor]
         self._check_rows(tensor, header)
         self._check_width(tensor, header.row_width)
-        num_bytes = (header.row_end - header.row_start) * header.row_width * DTYPE_BYTES[self._dtype]
+        num_bytes = (header.row_end - header.row_start) * self._row_bytes(tensor)
         if framed.payload.nbytes != num_bytes:
             self._refuse(
                 f"rows {header.row_start} to {header.row_end} of {tensor} are {num_bytes} bytes, "
@@ -114,6 +114,10 @@ class StreamCheck:
                 f"{self._hidden_size or 'above 0'}"
             )
         self._hidden_size = hidden_size
+
+    def _row_bytes(self, tensor: TensorName) -> int:
+        num_hidden = self._num_layers if tensor == "context" else 1
+        return num_hidden * hidden_state_bytes(self._hidden_size, self._dtype)
 
     def _check_totals(self, totals: wire.Totals) -> None:
         said = (totals.num_chunks, totals.context_rows, totals.last_rows, totals.num_bytes)

@@ -13,6 +13,7 @@ class WireDtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BF16: _ClassVar[WireDtype]
     FP16: _ClassVar[WireDtype]
     FP32: _ClassVar[WireDtype]
+    FP8_E4M3: _ClassVar[WireDtype]
 
 class TensorName(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,7 @@ WIRE_DTYPE_UNSPECIFIED: WireDtype
 BF16: WireDtype
 FP16: WireDtype
 FP32: WireDtype
+FP8_E4M3: WireDtype
 TENSOR_NAME_UNSPECIFIED: TensorName
 CONTEXT: TensorName
 LAST: TensorName

@@ -192,7 +192,7 @@ def test_bad_request_is_refused_with_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"wire_version": 9}, "wire_version 9"), ({"dtype": 4}, "dtype 4 is unknown")]
+    ("changes", "says"), [({"wire_version": 9}, "wire version 9"), ({"dtype": 5}, "dtype 5 is unknown")]
 )
 def test_plain_stub_is_told_invalid_argument(server: RunningServer, changes: dict[str, int], says: str) -> None:
     request = wire.CaptureRequest(wire_version=WIRE_VERSION, token_ids=[1], layer_ids=[0], dtype=wire.FP32)
@@ -321,7 +321,7 @@ def test_client_refuses_a_stream_that_lacks_rows(serve_plain: Callable[[PlainTar
 def test_client_refuses_another_wire_version(serve_plain: Callable[[PlainTarget], str]) -> None:
     with (
         TargetClient(serve_plain(PlainTarget(wire_version=9))) as client,
-        pytest.raises(WireError, match="speaks wire version 9, this is 1"),
+        pytest.raises(WireError, match="speaks wire version 9, this is 2"),
     ):
         client.describe(WAIT_S)
 

@@ -415,7 +415,7 @@ def never_describe(context: grpc.ServicerContext) -> wire.DescribeResponse:
         (lambda context: description(fingerprint="stale"), "has fingerprint stale and hidden size 4"),
         (lambda context: description(hidden_size=8), "hidden size 8"),
         (lambda context: description(num_layers=2), "has 2 layers, the replay table wants [2]"),
-        (lambda context: description(wire_version=9), "speaks wire version 9, this is 1"),
+        (lambda context: description(wire_version=9), "speaks wire version 9, this is 2"),
         (never_describe, "gave nothing for too long 2 times"),
         (lambda context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token"), "does not let us in"),
     ],

@@ -30,6 +30,7 @@ HEAVY = ("torch", "transformers", "deepspeed")
 # there the exceptions are named.
 WITH_TORCH = {
     "services.codec",
+    "services.fp8",
     "services.replay.reader",
     "services.target.engine",
     "services.target.generation",

@@ -69,7 +69,14 @@ def test_sample_bytes_are_those_of_the_tensors() -> None:
 def test_sample_bytes_follow_the_wire_dtype() -> None:
     wide = SIGNATURE.model_copy(update={"dtype": "fp32"})
     assert wide.sample_bytes(3, 2) == 2 * SIGNATURE.sample_bytes(3, 2)
-    assert DTYPE_BYTES == {"bf16": 2, "fp16": 2, "fp32": 4}
+    assert DTYPE_BYTES == {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1}
+
+
+def test_rows_of_fp8_have_a_scale_a_hidden_state() -> None:
+    fp8 = SIGNATURE.model_copy(update={"dtype": "fp8_e4m3"})
+    assert fp8.last_row_bytes == 2560 + 4
+    assert fp8.context_row_bytes == 5 * (2560 + 4)
+    assert fp8.sample_bytes(10, 3) == 10 * 12_820 + 3 * 2_564
 
 
 def test_job_counts_its_tokens() -> None:

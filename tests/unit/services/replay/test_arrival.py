@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.checksum import crc32c
-from services.contracts import Chunk, TableSignature, WireDtype
+from services.contracts import MAX_SCALE, MIN_SCALE, Chunk, TableSignature, WireDtype
 from services.errors import FeatureError, WireError
 from services.replay.arrival import check_arrival, is_finite
 
@@ -38,14 +38,14 @@ def make_chunk(payload: bytes, *, rows: int, tensor: str = "context", start: int
 def test_finite_is_what_torch_says_for_every_16_bit_float(dtype: WireDtype) -> None:
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     wanted = torch.isfinite(bits.view(DTYPES[dtype][0])).tolist()
-    assert [is_finite(struct.pack("<h", value), dtype) for value in bits.tolist()] == wanted
+    assert [is_finite(struct.pack("<h", value), dtype, 1) for value in bits.tolist()] == wanted
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8))
 def test_finite_is_what_torch_says_for_32_bit_floats(bits: list[int]) -> None:
     payload = struct.pack(f"<{len(bits)}I", *bits)
     values = torch.frombuffer(bytearray(payload), dtype=torch.float32)
-    assert is_finite(payload, "fp32") == bool(torch.isfinite(values).all())
+    assert is_finite(payload, "fp32", 1) == bool(torch.isfinite(values).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
@@ -54,13 +54,13 @@ def test_single_bad_value_among_large_ones_is_found(dtype: WireDtype, value: flo
     features = torch.full((1000,), torch.finfo(DTYPES[dtype][0]).max, dtype=DTYPES[dtype][0])
     features[::2] *= -1
     payload = features.view(torch.uint8).numpy().tobytes()
-    assert is_finite(payload, dtype)
+    assert is_finite(payload, dtype, 10)
     features[501] = value
-    assert not is_finite(features.view(torch.uint8).numpy().tobytes(), dtype)
+    assert not is_finite(features.view(torch.uint8).numpy().tobytes(), dtype, 10)
 
 
 def test_chunk_without_bytes_is_finite() -> None:
-    assert is_finite(b"", "bf16")
+    assert is_finite(b"", "bf16", 1)
 
 
 def test_good_chunks_pass() -> None:
@@ -92,3 +92,49 @@ def test_bad_rows_are_counted_and_the_first_is_named() -> None:
     payload = rows.view(torch.uint8).numpy().tobytes()
     with pytest.raises(FeatureError, match="context: 2 of rows 10 to 15 hold NaN or infinity as bf16, first row 12"):
         check_arrival(make_chunk(payload, rows=5, start=10), payload, SIGNATURE)
+
+
+FP8 = SIGNATURE.model_copy(update={"dtype": "fp8_e4m3"})
+
+
+def fp8_state(*codes: int, scale: float = 1.0) -> bytes:
+    return bytes(codes) + struct.pack("<f", scale)
+
+
+def test_fp8_is_bad_at_its_two_nans_alone() -> None:
+    bad = [code for code in range(256) if not is_finite(fp8_state(code, 0x7E), "fp8_e4m3", 2)]
+    assert bad == [0x7F, 0xFF]
+    assert all(torch.tensor(bad, dtype=torch.uint8).view(torch.float8_e4m3fn).float().isnan())
+
+
+def test_bytes_of_scales_are_no_fp8_numbers() -> None:
+    # 0x7F and 0xFF within a good scale.
+    assert is_finite(fp8_state(0, 0, scale=struct.unpack("<f", b"\xff\x7f\xff\x3f")[0]), "fp8_e4m3", 2)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0, MIN_SCALE / 2, MAX_SCALE * 1.01])
+def test_scales_that_we_never_write_are_refused(scale: float) -> None:
+    payload = b"".join([fp8_state(1, 2), fp8_state(3, 4), fp8_state(5, 6), fp8_state(7, 8, scale=scale)])
+    with pytest.raises(FeatureError, match="context: 1 of rows 4 to 6 hold NaN or infinity as fp8_e4m3, first row 5"):
+        check_arrival(make_chunk(payload, rows=2, start=4), payload, FP8)
+
+
+def test_fp8_rows_carry_their_scales() -> None:
+    payload = fp8_state(1, 2) + fp8_state(3, 4, scale=MAX_SCALE)
+    check_arrival(make_chunk(payload, rows=1), payload, FP8)
+    check_arrival(make_chunk(payload, rows=2, tensor="last"), payload, FP8)
+    with pytest.raises(WireError, match=r"came in 8 bytes, .* rows of 12 bytes \(2 layers of size 2 as fp8_e4m3\)"):
+        check_arrival(make_chunk(bytes(8), rows=2), bytes(8), FP8)
+
+
+def test_checksum_covers_the_scales() -> None:
+    payload = fp8_state(1, 2) + fp8_state(3, 4)
+    damaged = fp8_state(1, 2) + fp8_state(3, 4, scale=2.0)
+    with pytest.raises(WireError, match="checksum of 12 bytes"):
+        check_arrival(make_chunk(payload, rows=1), damaged, FP8)
+
+
+def test_nan_among_fp8_rows_is_named() -> None:
+    payload = fp8_state(1, 2) + fp8_state(3, 0xFF)
+    with pytest.raises(FeatureError, match="last: 1 of rows 0 to 2 hold NaN or infinity as fp8_e4m3, first row 1"):
+        check_arrival(make_chunk(payload, rows=2, tensor="last"), payload, FP8)

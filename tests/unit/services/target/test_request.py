@@ -47,10 +47,10 @@ def test_read_request_default_chunk() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"wire_version": 0}, "wire_version 0 is not this target's 1"),
-        ({"wire_version": 2}, "wire_version 2 is not this target's 1"),
-        ({"dtype": 0}, "dtype 0 is unknown; choose one of BF16, FP16, FP32"),
-        ({"dtype": 4}, "dtype 4 is unknown"),
+        ({"wire_version": 0}, "the caller speaks wire version 0, this target 2: run the same Slipstream version"),
+        ({"wire_version": 1}, "the caller speaks wire version 1, this target 2: run the same Slipstream version"),
+        ({"dtype": 0}, "dtype 0 is unknown; choose one of BF16, FP16, FP32, FP8_E4M3"),
+        ({"dtype": 5}, "dtype 5 is unknown"),
         ({"token_ids": []}, "token_ids is empty"),
         ({"token_ids": [0] * 6, "last_rows": []}, "6 tokens are more than this target's max_tokens 5"),
         ({"token_ids": [1, 100, 2]}, "token id 100 at position 1 is outside the vocabulary of 100"),
@@ -61,6 +61,7 @@ def test_read_request_default_chunk() -> None:
         ({"last_rows": [0, 3]}, "row 3 of a sequence of 3 tokens"),
         ({"last_rows": [1, 1]}, "must ascend without repeats, but 1 follows 1"),
         ({"chunk_bytes": 47}, r"chunk_bytes 47 must lie between 48 \(one token of 3 layers as bf16\)"),
+        ({"chunk_bytes": 35, "dtype": "FP8_E4M3"}, r"between 36 \(one token of 3 layers as fp8_e4m3\)"),
         ({"chunk_bytes": 4 * 1024**2 + 1}, "and 4194304"),
     ],
 )

@@ -127,3 +127,14 @@ def test_second_answer_is_refused() -> None:
     check.accept(_chunk("CONTEXT", 0, 2, answer_token_ids=[8]))
     with pytest.raises(WireError, match="an answer of 1 tokens came"):
         check.accept(_chunk("CONTEXT", 2, 4, answer_token_ids=[8]))
+
+
+def test_rows_of_fp8_carry_a_scale_a_hidden_state() -> None:
+    check = StreamCheck(JOB, num_layers=2, dtype="fp8_e4m3", chunk_bytes=32)
+    fp8 = {"dtype": wire.FP8_E4M3}
+    check.accept(_chunk("CONTEXT", 0, 2, payload_bytes=2 * 2 * (4 + 4), **fp8))
+    check.accept(_chunk("CONTEXT", 2, 3, payload_bytes=2 * (4 + 4), **fp8))
+    with pytest.raises(WireError, match="rows 0 to 1 of last are 8 bytes, but 4 came"):
+        check.accept(_chunk("LAST", 0, 1, payload_bytes=4, **fp8))
+    check.accept(_chunk("LAST", 0, 1, payload_bytes=8, totals=_totals(num_bytes=56), **fp8))
+    check.finish()
