@@ -215,6 +215,8 @@ class SampleLease(LeaseName):
     sample: Sample
     importance: float = 1.0
     """What the sample's loss is multiplied by: below 1 where a prioritized selector draws it more often than others."""
+    shard: int = 0
+    """Which of the run's shards holds the sample."""
 
     @property
     def incarnation(self) -> str:

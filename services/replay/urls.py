@@ -1,11 +1,12 @@
-"""URLs of Redis: where their password comes from, and that it is shown nowhere. Texts only, no Redis."""
+"""URLs of Redis: where their password comes from, and that it is shown nowhere. No Redis."""
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 PASSWORD_VARIABLE = "SLIPSTREAM_REDIS_PASSWORD"
 """Password of the user's own Redis, so that it need not stand in the recipe or on a command line."""
@@ -64,6 +65,20 @@ def reachable(url: str) -> str:
         more = f"?{urlencode(fields)}" if fields else ""
         return f"unix://{f'{login}@' if login else ''}{path}{more}"
     return f"redis://{f'{login}@' if login else ''}{address}/0"
+
+
+def is_here(url: str) -> bool:
+    """Whether a server is on this machine, by the URL that is good here (`reachable`)."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return True
+    try:
+        family, _, _, _, place = socket.getaddrinfo(parts.hostname, parts.port or 6379, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # sends nothing; the kernel answers a machine's own address with the same one
+            return bool(probe.getsockname()[0] == place[0])
+    except OSError:
+        return False
 
 
 def _replace_password(url: str, login: str, query: str) -> str:

@@ -10,6 +10,7 @@ from services.replay.config import ReplayConfig
 from services.replay.urls import (
     PASSWORD_VARIABLE,
     hide_passwords,
+    is_here,
     reachable,
     safe_url,
     with_password,
@@ -86,3 +87,17 @@ def test_embedded_server_is_reached_by_its_socket_here_and_by_tcp_elsewhere(tmp_
 @pytest.mark.parametrize("url", ["unix:///no/such/folder/redis.sock", "redis://host/0?db=1", "embedded"])
 def test_any_other_url_is_left_as_it_is(url: str) -> None:
     assert reachable(url) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("unix:///tmp/redis.sock", True),
+        ("redis://127.0.0.1:6379/0", True),
+        ("redis://:secret@localhost/0", True),
+        ("redis://192.0.2.1:6379/0", False),
+        ("rediss://no-such-host.invalid:6379/0", False),
+    ],
+)
+def test_server_is_here_if_the_kernel_says_so(url: str, here: bool):
+    assert is_here(url) is here
