@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -305,8 +305,9 @@ def known_keys() -> list[str]:
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        if _is_section(field.annotation):
-            yield from _walk(field.annotation, f"{prefix}{name}.")
+        for annotation in get_args(field.annotation) or (field.annotation,):  # `Section | None` is one, too
+            if _is_section(annotation):
+                yield from _walk(annotation, f"{prefix}{name}.")
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

@@ -314,6 +314,30 @@ def test_known_keys_are_sections_and_their_settings() -> None:
     assert {key.partition(".")[0] for key in keys} == set(Recipe.model_fields)
 
 
+def test_autoscaling_is_off_until_its_most_is_given(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file).target.autoscale is None
+    autoscale = load_recipe(recipe_file, ["target.autoscale.max=4"]).target.autoscale
+    assert autoscale is not None
+    assert (autoscale.min, autoscale.max) == (1, 4)
+    assert "target.autoscale.max: Field required" in explain(recipe_file, "target.autoscale.min=2")
+    assert "did you mean target.autoscale.window_s?" in explain(recipe_file, "target.autoscale={max: 2, window: 9}")
+
+
+@pytest.mark.parametrize(
+    ("autoscale", "says"),
+    [
+        ("{min: 3, max: 2}", "min 3 is above max 2"),
+        ("{min: 0, max: 2}", "target.autoscale.min: Input should be greater than or equal to 1"),
+        ("{min: 2, max: 4}", "replicas 1, with which the run starts, must lie between autoscale.min 2 and"),
+        ("{max: 65}", "autoscale.max 65 is above max_replicas 64"),
+        ("{max: 2, wait_high: 0.1, wait_low: 0.1}", "wait_low 0.1 must be below wait_high 0.1"),
+        ("4", "target.autoscale: must be a section of settings"),
+    ],
+)
+def test_bounds_that_no_run_can_keep_are_refused(recipe_file: Path, autoscale: str, says: str) -> None:
+    assert says in explain(recipe_file, f"target.autoscale={autoscale}")
+
+
 def test_another_algorithm_keeps_the_settings_it_has_too(recipe_file: Path) -> None:
     recipe_file.write_text(
         SMALLEST + "drafter: {num_anchors: 32, markov_rank: 64, target_layer_ids: [0, 1, 2, 3, 4]}\n"
