@@ -19,6 +19,7 @@ from torch import Tensor
 from drafters.config import FOREIGN_SETTINGS, DrafterConfig
 from drafters.drafter import Drafter
 from drafters.registry import algorithm_of_architecture, find_algorithm, find_family
+from drafters.vocabulary import check_offsets
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -34,7 +35,7 @@ WRITTEN: Mapping[str, tuple[str, ...]] = {
 }
 """Settings that stand in ``config.json`` under their own names, by algorithm."""
 
-WRITTEN_IF_NOT_DEFAULT = ("permute_context", "sample_from_anchor", "layout")
+WRITTEN_IF_NOT_DEFAULT = ("permute_context", "sample_from_anchor", "layout", "draft_vocab_size")
 """Settings that the reference does not have: absent, they are at their defaults."""
 
 NEVER_GUESSED: Mapping[str, tuple[str, ...]] = {
@@ -92,7 +93,8 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     drafter.reset_buffers()
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     _check_tensors(folder / WEIGHTS_NAME, tensors, drafter.state_dict())
-    drafter.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}, assign=True)
+    _check_vocabulary(folder / WEIGHTS_NAME, tensors.get("d2t"), drafter.config.vocab_size)
+    drafter.load_state_dict({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, assign=True)
     return drafter.eval()
 
 
@@ -161,6 +163,20 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[st
     problems = [f"{what}: {', '.join(names)}" for what, names in lists if names]
     if problems:
         raise CheckpointFormatError(f"{path} does not fit its config.json; " + "; ".join(problems))
+
+
+def _check_vocabulary(path: Path, offsets: Tensor | None, vocab_size: int) -> None:
+    if offsets is None:
+        return
+    try:
+        check_offsets(offsets, vocab_size)
+    except ValueError as error:
+        raise CheckpointFormatError(f"{path}: {error}") from error
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy to compute with; token ids stay whole numbers."""
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ HEAD_SETTINGS = frozenset(
 )
 """Settings of DSpark alone."""
 
-EAGLE3_SETTINGS = frozenset(("ttt_length", "step_loss_decay", "layout"))
+EAGLE3_SETTINGS = frozenset(("ttt_length", "step_loss_decay", "layout", "draft_vocab_size"))
 """Settings of Eagle3 alone."""
 
 FOREIGN_SETTINGS: Mapping[str, frozenset[str]] = {
@@ -91,6 +91,11 @@ class DrafterConfig(BaseModel):
     step_loss_decay: float = Field(0.8, gt=0, description="Eagle3: step i weighs this to the power of i")
     layout: Literal["reference", "llama"] = Field(
         "reference", description="Eagle3: five layers and head norms, or three and none, as servers want it"
+    )
+    draft_vocab_size: int | None = Field(
+        None,
+        ge=2,
+        description="Eagle3: tokens it can draft, the most frequent of the answers it learns; null: the target's all",
     )
     loss: Literal["fused", "plain"] = Field(
         "fused", description="how the loss is computed: in chunks that need little memory, or all at once, to compare"
@@ -157,7 +162,7 @@ class DrafterConfig(BaseModel):
 
         Raises:
             ValueError: A layer id is out of range, unsorted or the last layer, there are too many or too few for the
-                layout, or the mask token is none of the target's.
+                layout, the mask token is none of the target's, or it has fewer tokens than are to be drafted.
         """
         layer_ids = self.target_layer_ids or default_layer_ids(num_target_layers, model_type, self._num_layer_ids or 5)
         self._check_layer_ids(layer_ids, num_target_layers)
@@ -165,7 +170,13 @@ class DrafterConfig(BaseModel):
         mask_token_id = self.mask_token_id
         if self.algorithm != "eagle3":
             mask_token_id = self._resolve_mask_token(vocab_size, model_type)
-        return self.model_copy(update={"target_layer_ids": tuple(layer_ids), "mask_token_id": mask_token_id})
+        return self.model_copy(
+            update={
+                "target_layer_ids": tuple(layer_ids),
+                "mask_token_id": mask_token_id,
+                "draft_vocab_size": self._resolve_draft_vocab_size(vocab_size),
+            }
+        )
 
     @property
     def _num_layer_ids(self) -> int | None:
@@ -203,6 +214,15 @@ class DrafterConfig(BaseModel):
                 f"drafter.warm_start_layers {list(warm)} must name one of the target's layers 0 to "
                 f"{num_target_layers - 1} for each of the {self.num_draft_layers} draft layers"
             )
+
+    def _resolve_draft_vocab_size(self, vocab_size: int) -> int | None:
+        """None where nothing is cut."""
+        if self.draft_vocab_size is not None and self.draft_vocab_size > vocab_size:
+            raise ValueError(
+                f"drafter.draft_vocab_size {self.draft_vocab_size} is above the target's vocabulary of {vocab_size}: "
+                "lower it, or leave it out to draft every token"
+            )
+        return None if self.draft_vocab_size == vocab_size else self.draft_vocab_size
 
     def _resolve_mask_token(self, vocab_size: int, model_type: str) -> int:
         mask_token_id = self.mask_token_id if self.mask_token_id is not None else DEFAULT_MASK_TOKENS.get(model_type)

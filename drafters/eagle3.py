@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig
 
 from drafters.batch import FeatureBatch, Span
 from drafters.config import DrafterConfig
 from drafters.drafter import GREEDY_BELOW, Drafter, Proposal, TrainingOutput
 from drafters.eagle3_attention import StepKeys, StepLayout, attend_steps
-from drafters.eagle3_loss import SoftLosses, StepRows, fused_soft_loss, plain_soft_loss
+from drafters.eagle3_loss import Cut, SoftLosses, StepRows, fused_soft_loss, plain_soft_loss
 from drafters.eagle3_rows import PackedRows, Supervision
 from drafters.families.family import Family
 from drafters.families.layer import DraftLayer, Rope
 from drafters.key_values import ContextCache
 from drafters.losses import Vocabulary
 from drafters.metrics import MetricSums, Reduce, keep_local, sample_rejections
+from drafters.projection import soft_capped
+from drafters.vocabulary import check_tokens
 
 SMALLEST_COUNT = 1e-6
 """Samples that a batch is divided by at least, so that one without any has loss 0."""
@@ -50,9 +53,17 @@ class Eagle3DraftState:
 
 
 class Eagle3Drafter(Drafter):
-    """Eagle3 on any family: layers whose q, k and v project [embedding ; hidden], each half with its own norm."""
+    """Eagle3 on any family: layers whose q, k and v project [embedding ; hidden], each half with its own norm.
+
+    With ``draft_vocab_size`` it drafts the tokens of `set_vocabulary` only. It keeps the whole head, which training
+    needs for the target's distribution, and drafts with some of its rows.
+
+    Attributes:
+        d2t: [Vd] int64, the target's id of each drafted token minus its place here; None where all are drafted.
+    """
 
     algorithm = "eagle3"
+    d2t: Tensor | None
 
     def __init__(self, config: PretrainedConfig, settings: DrafterConfig, family: Family) -> None:
         super().__init__(config, settings, family)
@@ -66,6 +77,50 @@ class Eagle3Drafter(Drafter):
             layer.add_module("hidden_norm", family.norm(config))
         self.norm = family.norm(config)
         self.rotary = family.rotary(config)
+        size = settings.draft_vocab_size
+        self.register_buffer("d2t", None if size is None else torch.zeros(size, dtype=torch.long))
+        self._drafted_head: tuple[Any, Tensor] | None = None
+
+    @torch.no_grad()
+    def set_vocabulary(self, token_ids: Sequence[int]) -> None:
+        """Draft these tokens and no others.
+
+        Args:
+            token_ids: Ascending, as many as ``draft_vocab_size``.
+
+        Raises:
+            ValueError: Nothing is cut, or they are too many, too few, unsorted or outside the vocabulary.
+        """
+        if self.d2t is None:
+            raise ValueError("this drafter drafts every token: build it with a draft_vocab_size")
+        check_tokens(token_ids, len(self.d2t), self.config.vocab_size)
+        self.d2t.copy_(torch.tensor(token_ids) - torch.arange(len(token_ids)))
+        self._drafted_head = None
+
+    @property
+    def drafted_tokens(self) -> Tensor | None:
+        """[Vd] int64, the tokens that can be drafted; None for all."""
+        return None if self.d2t is None else self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of rows [..., D] in the target's own terms, [..., V]; −∞ for tokens that are never drafted."""
+        tokens = self.drafted_tokens
+        if tokens is None:
+            return super().head_logits(hidden)
+        drafted = soft_capped(functional.linear(hidden, self._head_of(tokens)), self.logit_softcap)
+        logits = drafted.new_full((*drafted.shape[:-1], self.config.vocab_size), -torch.inf)
+        return logits.index_copy_(-1, tokens, drafted)
+
+    def _head_of(self, tokens: Tensor) -> Tensor:
+        """Rows of the head, [Vd, D]; kept between calls while the head is the same, which in decoding it is."""
+        if self.training:
+            return self.lm_head.table()[tokens]
+        weight = self.lm_head.weight
+        key = (weight.data_ptr(), weight.dtype, weight.device, 0 if weight.is_inference() else weight._version)
+        if self._drafted_head is None or self._drafted_head[0] != key:
+            with torch.inference_mode(False):  # it outlives the call, and training may read it too
+                self._drafted_head = (key, weight.detach()[tokens.clone()])
+        return self._drafted_head[1]
 
     def reset_buffers(self) -> None:
         """Make the rotary frequencies anew."""
@@ -142,10 +197,12 @@ class Eagle3Drafter(Drafter):
             steps.append(StepRows(self.norm(rows), targets, weights[targets] * decay**step))
         target_states = batch.target_last_hidden_states.flatten(0, 1)[supervision.tokens + 1]
         vocabulary = Vocabulary(self.lm_head.table(), softcap=self.logit_softcap)
+        tokens = self.drafted_tokens
+        cut = None if tokens is None else Cut(tokens, vocabulary.head[tokens])
         if return_logits or self.settings.loss == "plain":
-            loss, terms = plain_soft_loss(steps, target_states, vocabulary)
+            loss, terms = plain_soft_loss(steps, target_states, vocabulary, cut)
         else:
-            loss, terms = fused_soft_loss(steps, target_states, vocabulary)
+            loss, terms = fused_soft_loss(steps, target_states, vocabulary, cut)
 
         metrics = MetricSums()
         _add_metrics(metrics, terms, steps, supervision, batch, sample_weights, 1 / num_ranks)

@@ -58,6 +58,7 @@ DRAFTERS_WITHOUT_TORCH = {
     "drafters.families",
     "drafters.families.dense",
     "drafters.registry",
+    "drafters.vocabulary",
 }
 
 # Ranks alone pay for deepspeed.
