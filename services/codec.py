@@ -58,6 +58,27 @@ def encode_into(packed: Tensor, states: Tensor, dtype: WireDtype) -> None:
         packed.view(TORCH_DTYPES[dtype]).copy_(states)
 
 
+def pack_rows(rows: Tensor, dtype: WireDtype, hidden_size: int) -> Tensor:
+    """Rows as they travel, as a new tensor: what an engine hands out (`services.target.packing.CapturedFeatures`).
+
+    Args:
+        rows: [n, k·D], any float dtype: k hidden states a row.
+        dtype: dtype on the wire.
+        hidden_size: D.
+
+    Returns:
+        [n, k·D] in that dtype, the same tensor if it has it; fp8_e4m3 as uint8 [n, k·(D + 4)].
+    """
+    if dtype != "fp8_e4m3":
+        return rows.to(TORCH_DTYPES[dtype])
+    num_states = rows.shape[1] // hidden_size
+    packed = torch.empty(
+        len(rows), num_states * hidden_state_bytes(hidden_size, dtype), dtype=torch.uint8, device=rows.device
+    )
+    quantise_into(packed.view(len(rows) * num_states, -1), rows.reshape(-1, hidden_size))
+    return packed
+
+
 def decode_into(rows: Tensor, payload: Buffer, dtype: WireDtype, hidden_size: int) -> None:
     """Write a payload's rows into a tensor's, converting as needed; nothing of their size is allocated.
 
@@ -159,7 +180,7 @@ def check_packed(packed: Tensor, dtype: WireDtype, hidden_size: int, name: str) 
     """Refuse rows as they travel that hold NaN or infinity: `check_finite`, and for fp8 a look at the scales alone.
 
     Args:
-        packed: uint8 [rows, row bytes], C-contiguous, on the CPU, as `encode_into` wrote them.
+        packed: Rows as they travel, C-contiguous, on the CPU: of the wire dtype or of bytes.
         dtype: dtype on the wire.
         hidden_size: D.
         name: What the error calls them.

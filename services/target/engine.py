@@ -6,31 +6,20 @@ Shape letters: B batch, T sequence length, D hidden size, L captured layers, R w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from services.codec import TORCH_DTYPES
 from services.contracts import TargetDescription
 from services.errors import TargetError, TargetUnavailableError
 from services.models import find_model, read_shape
 from services.target.config import TargetConfig
-from services.target.generation import answer_prompts
+from services.target.generation import Answered, answer_prompts
+from services.target.packing import CapturedFeatures, Packing, PackingRoom
 from services.target.request import CaptureInputs
-from services.target.tap import FeatureTap, decoder_of
-
-
-class CapturedFeatures(NamedTuple):
-    """One sample's features, C-contiguous, on the CPU, in the dtype asked for."""
-
-    context: Tensor
-    """[T, L·D]: the wanted layers' outputs, concatenated in the order asked for."""
-    last: Tensor
-    """[R, D]: the wanted rows of the last hidden state, after the final norm."""
-    answer: tuple[int, ...] = ()
-    """The target's own answer, if one was asked for; `context` goes on over it."""
+from services.target.tap import decoder_of, tapped
 
 
 class Engine(Protocol):
@@ -41,7 +30,10 @@ class Engine(Protocol):
         ...
 
     def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
-        """One pass over checked requests of one group (`CaptureInputs.group`)."""
+        """One pass over checked requests of one group (`CaptureInputs.group`).
+
+        Whoever gets the features releases them.
+        """
         ...
 
     def check(self) -> None:
@@ -64,6 +56,7 @@ class TransformersEngine:
         model = _load_model(str(folder), getattr(torch, config.dtype))
         self._decoder = decoder_of(model).to(self._device)
         self._head: nn.Module = model.get_output_embeddings()
+        self._room = PackingRoom(self._device)
         self._description = TargetDescription(
             model_name=config.model,
             fingerprint=shape.fingerprint,
@@ -81,6 +74,8 @@ class TransformersEngine:
 
     def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
         """One forward pass, right-padded; each sample's rows equal those of a pass of its own.
+
+        On CUDA it returns before the features are there (`CapturedFeatures.wait`), so that the next pass can begin.
 
         Args:
             batch: Requests of one group, each within the target's bounds.
@@ -105,30 +100,39 @@ class TransformersEngine:
 
     def _capture(self, batch: list[CaptureInputs], layer_ids: tuple[int, ...]) -> list[CapturedFeatures]:
         input_ids_BT, attention_mask_BT = self._pad(batch)
-        with FeatureTap(self._decoder, layer_ids) as tap:
+        packings = [self._packing(inputs, inputs.num_tokens, len(inputs.last_rows)) for inputs in batch]
+
+        def put(place: int, layer_BTD: Tensor) -> None:
+            for packing, inputs, layer_TD in zip(packings, batch, layer_BTD, strict=True):
+                packing.put_layer(place, layer_TD[: inputs.num_tokens])
+
+        with tapped(self._decoder, layer_ids, put):
             output = self._decoder(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-            layers_LBTD = tap.take()
-        last_BTD = output.last_hidden_state
-        return [
-            CapturedFeatures(
-                context=_pack_context([layer[row] for layer in layers_LBTD], inputs),
-                last=_pack_last(last_BTD[row], inputs.last_rows, TORCH_DTYPES[inputs.dtype]),
-            )
-            for row, inputs in enumerate(batch)
-        ]
+        for packing, inputs, last_TD in zip(packings, batch, output.last_hidden_state, strict=True):
+            packing.put_last(_select(last_TD, inputs.last_rows))
+        return [packing.finish() for packing in packings]
 
     def _answer(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
-        dtype = TORCH_DTYPES[batch[0].dtype]
         self._head.to(self._device)  # not before: most targets never answer
-        answered = answer_prompts(self._decoder, self._logits, batch, dtype)
-        return [
-            CapturedFeatures(
-                context=result.context_TLD.flatten(1).cpu(),
-                last=_pack_last(result.last_TD, _rows_of_answer(inputs, result.answer), dtype),
-                answer=result.answer,
-            )
-            for inputs, result in zip(batch, answered, strict=True)
-        ]
+        answered = answer_prompts(self._decoder, self._logits, batch, batch[0].dtype)
+        return [self._pack_answered(inputs, result) for inputs, result in zip(batch, answered, strict=True)]
+
+    def _pack_answered(self, inputs: CaptureInputs, result: Answered) -> CapturedFeatures:
+        last_rows = _rows_of_answer(inputs, result.answer)
+        packing = self._packing(inputs, len(result.context_TLS), len(last_rows))
+        packing.put_packed_context(result.context_TLS)
+        packing.put_last(_select(result.last_TD, last_rows))
+        return packing.finish(result.answer)
+
+    def _packing(self, inputs: CaptureInputs, num_tokens: int, num_last: int) -> Packing:
+        return Packing(
+            self._room,
+            num_tokens=num_tokens,
+            num_last=num_last,
+            num_layers=len(inputs.layer_ids),
+            hidden_size=self._description.hidden_size,
+            dtype=inputs.dtype,
+        )
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         """The head, with the soft-capping of those families that have it."""
@@ -186,23 +190,8 @@ def _load_model(folder: str, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _pack_context(layers: Sequence[Tensor], inputs: CaptureInputs) -> Tensor:
-    """Concatenate and convert in one pass, on the layers' device; then to the CPU. Layers are [≥T, D] each."""
-    context = torch.empty(
-        inputs.num_tokens,
-        len(layers),
-        layers[0].shape[-1],
-        dtype=TORCH_DTYPES[inputs.dtype],
-        device=layers[0].device,
-    )
-    for position, layer in enumerate(layers):
-        context[:, position].copy_(layer[: inputs.num_tokens])
-    return context.flatten(1).cpu()
-
-
-def _pack_last(last: Tensor, last_rows: Sequence[int], dtype: torch.dtype) -> Tensor:
-    rows = torch.tensor(last_rows, dtype=torch.long, device=last.device)
-    return last.index_select(0, rows).to(dtype).cpu()
+def _select(last_TD: Tensor, last_rows: Sequence[int]) -> Tensor:
+    return last_TD.index_select(0, torch.tensor(last_rows, dtype=torch.long, device=last_TD.device))
 
 
 def _rows_of_answer(inputs: CaptureInputs, answer: Sequence[int]) -> list[int]:

@@ -4,7 +4,8 @@ The prompt's features come out of the prefill, those of the answer out of the de
 token of an answer is fed back once more, since only then its own features exist. Prompts are padded on the left, so
 that all rows of a step lie in one column; rows whose answer has ended leave the batch once they are half of it.
 
-Shape letters: B batch, T columns of the longest prompt and answer, D hidden size, L captured layers, V vocabulary.
+Shape letters: B batch, T columns of the longest prompt and answer, D hidden size, S bytes of one hidden state on the
+wire, L captured layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from services.codec import pack_rows
+from services.contracts import WireDtype, hidden_state_bytes
 from services.target.request import CaptureInputs, GenerateInputs
-from services.target.tap import FeatureTap
+from services.target.tap import tapped
 
 
 class Answered(NamedTuple):
     """What came of one prompt; T tokens of prompt and answer together."""
 
     answer: tuple[int, ...]
-    context_TLD: Tensor
-    """The wanted layers' outputs, on the decoder's device."""
+    context_TLS: Tensor
+    """The wanted layers' outputs as they travel, uint8, on the decoder's device."""
     last_TD: Tensor
-    """The last hidden state after the final norm, all rows."""
+    """The last hidden state after the final norm, all rows, in the decoder's dtype."""
 
 
 @torch.inference_mode()
 def answer_prompts(
-    decoder: nn.Module, logits_of: Callable[[Tensor], Tensor], batch: Sequence[CaptureInputs], dtype: torch.dtype
+    decoder: nn.Module, logits_of: Callable[[Tensor], Tensor], batch: Sequence[CaptureInputs], dtype: WireDtype
 ) -> list[Answered]:
     """Generate one answer to each prompt.
 
@@ -41,7 +44,7 @@ def answer_prompts(
         decoder: The target's decoder stack.
         logits_of: Its head: last hidden states [B, D] to logits [B, V].
         batch: Prompts that share their layer ids, each with `generate`.
-        dtype: Of the features.
+        dtype: Of the features on the wire.
     """
     run = _Run(decoder, batch, dtype)
     hidden_BD = run.prefill()
@@ -102,19 +105,25 @@ class _Row:
 class _Run:
     """Rows, KV cache and features of one batch; `rows` are those that still take part in the steps."""
 
-    def __init__(self, decoder: nn.Module, batch: Sequence[CaptureInputs], dtype: torch.dtype) -> None:
+    def __init__(self, decoder: nn.Module, batch: Sequence[CaptureInputs], dtype: WireDtype) -> None:
         self._decoder: Any = decoder
         config: Any = decoder.config
-        self._device = next(decoder.parameters()).device
+        parameter = next(decoder.parameters())
+        self._device = parameter.device
+        self._dtype = dtype
+        self._hidden_size: int = config.hidden_size
         self._layer_ids = batch[0].layer_ids
         self._all_rows = [_Row(index, inputs) for index, inputs in enumerate(batch)]
         self.rows = self._all_rows
         self._num_prompt_columns = max(len(row.prompt) for row in self.rows)
         num_columns = self._num_prompt_columns + max(row.settings.max_new_tokens for row in self.rows)
-        shape = (len(batch), num_columns, len(self._layer_ids), config.hidden_size)
-        self._context_BTLD = torch.empty(shape, dtype=dtype, device=self._device)
-        self._last_BTD = torch.empty(shape[0], shape[1], shape[3], dtype=dtype, device=self._device)
-        self._mask_BT = torch.zeros(shape[:2], dtype=torch.long, device=self._device)
+        shape = (len(batch), num_columns)
+        state_bytes = hidden_state_bytes(self._hidden_size, dtype)
+        self._context_BTLS = torch.empty(
+            *shape, len(self._layer_ids), state_bytes, dtype=torch.uint8, device=self._device
+        )
+        self._last_BTD = torch.empty(*shape, self._hidden_size, dtype=parameter.dtype, device=self._device)
+        self._mask_BT = torch.zeros(shape, dtype=torch.long, device=self._device)
         self._cache = DynamicCache(config=config)
         self._num_columns = 0
 
@@ -150,7 +159,7 @@ class _Run:
     def results(self) -> list[Answered]:
         """Each prompt's answer and features, in the order of the batch."""
         return [
-            Answered(tuple(row.answer), self._context_BTLD[row.index, columns], self._last_BTD[row.index, columns])
+            Answered(tuple(row.answer), self._context_BTLS[row.index, columns], self._last_BTD[row.index, columns])
             for row in self._all_rows
             for columns in [self._columns_of(row)]
         ]
@@ -162,7 +171,13 @@ class _Run:
     def _forward(self, input_ids_BT: Tensor) -> Tensor:
         begin, end = self._num_columns, self._num_columns + input_ids_BT.shape[1]
         mask_BT = self._mask_BT[:, :end]
-        with FeatureTap(self._decoder, self._layer_ids) as tap:
+        rows_B = torch.tensor([row.index for row in self.rows], device=self._device)
+
+        def put(place: int, layer_BTD: Tensor) -> None:
+            packed = pack_rows(layer_BTD.flatten(0, 1), self._dtype, self._hidden_size).view(torch.uint8)
+            self._context_BTLS[rows_B, begin:end, place] = packed.view(*layer_BTD.shape[:2], -1)
+
+        with tapped(self._decoder, self._layer_ids, put):
             output = self._decoder(
                 input_ids=input_ids_BT.to(self._device),
                 attention_mask=mask_BT,
@@ -170,10 +185,6 @@ class _Run:
                 past_key_values=self._cache,
                 use_cache=True,
             )
-            layers_LBTD = tap.take()
-        rows_B = torch.tensor([row.index for row in self.rows], device=self._device)
-        for position, layer_BTD in enumerate(layers_LBTD):
-            self._context_BTLD[rows_B, begin:end, position] = layer_BTD.to(self._context_BTLD.dtype)
-        self._last_BTD[rows_B, begin:end] = output.last_hidden_state.to(self._last_BTD.dtype)
+        self._last_BTD[rows_B, begin:end] = output.last_hidden_state
         self._num_columns = end
         return output.last_hidden_state[:, -1]

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from services.checksum import crc32c
-from services.codec import byte_view, check_finite
+from services.codec import byte_view, check_packed
 from services.errors import CaptureRequestError, DeadlineError, SlipstreamError, TargetError
 from services.grpc_errors import abort
 from services.grpc_server import GrpcServer
@@ -18,8 +18,9 @@ from services.security import Credentials, check_listening
 from services.target.chunking import cut
 from services.target.config import TargetConfig
 from services.target.dispatcher import Dispatcher
-from services.target.engine import CapturedFeatures, Engine
+from services.target.engine import Engine
 from services.target.framing import FramedChunk, pack
+from services.target.packing import CapturedFeatures
 from services.target.request import DTYPE_TO_WIRE, SERVICE, TENSOR_TO_WIRE, CaptureRequest, read_request
 from services.wire import target_pb2 as wire
 
@@ -147,7 +148,13 @@ class _Service:
             request = read_request(_parse(message), self._target)
             features = self._compute(request, context)
             if features is not None:
-                yield from _chunks(request, features)
+                try:
+                    features.wait()
+                    self._check(request, features)
+                    # A chunk is serialized before the next one is asked for, so nothing reads the memory afterwards.
+                    yield from _chunks(request, features, self._target.hidden_size)
+                finally:
+                    features.release()
         except SlipstreamError as error:
             abort(context, error)
         finally:
@@ -156,14 +163,14 @@ class _Service:
             self._slots.release()
 
     def _compute(self, request: CaptureRequest, context: grpc.ServicerContext) -> CapturedFeatures | None:
-        """The features, checked; None if the caller gave up."""
+        """The features; None if the caller gave up."""
         # Of a call without a deadline gRPC says that 292 billion years remain, which no lock can wait.
         timeout_s = min(context.time_remaining(), FORWARD_TIMEOUT_S)
         ticket = self._dispatcher.submit(request.inputs)
         if not context.add_callback(lambda: self._dispatcher.cancel(ticket)):
             self._dispatcher.cancel(ticket)
         try:
-            features = ticket.future.result(timeout_s)
+            return ticket.future.result(timeout_s)
         except CancelledError:
             return None
         except TimeoutError as error:
@@ -172,9 +179,12 @@ class _Service:
                 f"no forward pass for {request.inputs.num_tokens} tokens within {timeout_s:.1f} s: "
                 "the target has more captures than it can compute"
             ) from error
-        check_finite(features.context, f"context of sample {request.sample_id}")
-        check_finite(features.last, f"last hidden state of sample {request.sample_id}")
-        return features
+
+    def _check(self, request: CaptureRequest, features: CapturedFeatures) -> None:
+        """Refuse features that are not finite."""
+        dtype, hidden_size, name = request.inputs.dtype, self._target.hidden_size, f"sample {request.sample_id}"
+        check_packed(features.context, dtype, hidden_size, f"context of {name}")
+        check_packed(features.last, dtype, hidden_size, f"last hidden state of {name}")
 
 
 def _parse(message: bytes) -> wire.CaptureRequest:
@@ -196,10 +206,11 @@ def _cut_off_after(seconds: float, context: grpc.ServicerContext) -> threading.T
     return timer
 
 
-def _chunks(request: CaptureRequest, features: CapturedFeatures) -> Iterator[FramedChunk]:
+def _chunks(request: CaptureRequest, features: CapturedFeatures, hidden_size: int) -> Iterator[FramedChunk]:
     tensors = {"context": features.context, "last": features.last}
     views = {name: byte_view(tensor) for name, tensor in tensors.items()}
     row_bytes = {name: tensor.shape[1] * tensor.element_size() for name, tensor in tensors.items()}
+    row_width = {"context": len(request.inputs.layer_ids) * hidden_size, "last": hidden_size}
     pieces = list(
         cut(
             context_rows=len(features.context),
@@ -218,7 +229,7 @@ def _chunks(request: CaptureRequest, features: CapturedFeatures) -> Iterator[Fra
             tensor=TENSOR_TO_WIRE[piece.tensor],
             row_start=piece.row_start,
             row_end=piece.row_end,
-            row_width=tensors[piece.tensor].shape[1],
+            row_width=row_width[piece.tensor],
             dtype=DTYPE_TO_WIRE[request.inputs.dtype],
             crc32c=crc32c(payload),
         )

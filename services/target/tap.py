@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,39 +28,55 @@ def decoder_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} has no decoder stack at model, language_model or model.language_model")
 
 
-class FeatureTap:
-    """Context manager that keeps the raw outputs of chosen decoder layers of each forward pass.
+@contextmanager
+def tapped(model: nn.Module, layer_ids: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Have the raw outputs of chosen decoder layers taken, each as soon as it is there.
 
-    Layer id ``i`` is the output of decoder layer i (0-based), ``-1`` the embedding output (specs/drafters.md, "What
-    the target gives").
+    Args:
+        model: A causal LM or its decoder stack.
+        layer_ids: Layer id ``i`` is the output of decoder layer i (0-based), ``-1`` the embedding output
+            (specs/drafters.md, "What the target gives").
+        take: Called with the layer's place in `layer_ids` and its output [B, T, D], which it does not change.
     """
+    decoder: Any = decoder_of(model)
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for place, layer_id in enumerate(layer_ids):
+            module = decoder.embed_tokens if layer_id == -1 else decoder.layers[layer_id]
+            handles.append(module.register_forward_hook(_hook(place, take)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(place: int, take: Callable[[int, Tensor], None]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        take(place, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+class FeatureTap:
+    """Context manager that keeps the raw outputs of chosen decoder layers of each forward pass."""
 
     def __init__(self, model: nn.Module, layer_ids: Sequence[int]) -> None:
-        self._decoder: Any = decoder_of(model)
-        self._layer_ids = tuple(layer_ids)
+        self._num_layers = len(layer_ids)
         self._outputs: dict[int, Tensor] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._tapped = tapped(model, layer_ids, self._outputs.__setitem__)
 
     def __enter__(self) -> Self:
-        for layer_id in self._layer_ids:
-            module = self._decoder.embed_tokens if layer_id == -1 else self._decoder.layers[layer_id]
-            self._handles.append(module.register_forward_hook(self._keep(layer_id)))
+        self._tapped.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._tapped.__exit__(kind, error, trace)
         self._outputs.clear()
-
-    def _keep(self, layer_id: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self._outputs[layer_id] = output[0] if isinstance(output, tuple) else output
-
-        return hook
 
     def take(self) -> list[Tensor]:
         """The outputs of the last forward pass, one [B, T, D] tensor a layer id, in order; forgets them."""
-        outputs, self._outputs = self._outputs, {}
-        return [outputs[layer_id] for layer_id in self._layer_ids]
+        outputs = [self._outputs[place] for place in range(self._num_layers)]
+        self._outputs.clear()
+        return outputs

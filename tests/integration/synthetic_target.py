@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from services.codec import TORCH_DTYPES
+from services.codec import pack_rows
 from services.contracts import CaptureJob, TargetDescription
 from services.target.client import TargetClient
 from services.target.config import TargetConfig
-from services.target.engine import CapturedFeatures
+from services.target.packing import CapturedFeatures
 from services.target.request import CaptureInputs
 
 WIDTH, VOCAB, LAYERS, MAX_TOKENS = 8, 50, 4, 256
@@ -43,10 +43,12 @@ class SyntheticEngine:
         if inputs.generate is not None:
             answer = (1,) * inputs.generate.max_new_tokens
             rows = tuple(inputs.generate.last_rows.select([0] * len(inputs.input_ids) + [1] * len(answer)))
-        tokens = torch.tensor([*inputs.input_ids, *answer], dtype=TORCH_DTYPES[inputs.dtype])[:, None]
+        tokens = torch.tensor([*inputs.input_ids, *answer], dtype=torch.float32)[:, None]
+        context = tokens.expand(-1, len(inputs.layer_ids) * self.width).contiguous()
+        last = tokens[list(rows)].expand(-1, self.width).contiguous()
         return CapturedFeatures(
-            context=tokens.expand(-1, len(inputs.layer_ids) * self.width).contiguous(),
-            last=tokens[list(rows)].expand(-1, self.width).contiguous(),
+            context=pack_rows(context, inputs.dtype, self.width),
+            last=pack_rows(last, inputs.dtype, self.width),
             answer=answer,
         )
 

@@ -35,7 +35,8 @@ from services.errors import (
 from services.target import pool as pool_module
 from services.target.client import TargetClient
 from services.target.config import TargetConfig
-from services.target.engine import CapturedFeatures, TransformersEngine
+from services.target.engine import TransformersEngine
+from services.target.packing import CapturedFeatures
 from services.target.pool import TargetPool
 from services.target.request import CaptureInputs
 from services.target.server import RunningServer, serve

@@ -33,7 +33,7 @@ from services.replay.table import RedisTable
 from services.replay.work import WorkQueue
 from services.target.chunking import cut
 from services.target.config import TargetConfig
-from services.target.engine import CapturedFeatures
+from services.target.packing import CapturedFeatures
 from services.target.request import DTYPE_TO_WIRE, SERVICE, TENSOR_TO_WIRE, CaptureInputs
 from services.target.server import serve
 from services.telemetry import TelemetryReader
