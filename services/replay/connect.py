@@ -30,6 +30,8 @@ HEADROOM = 0.15
 CLAIM_TTL_S = 30.0
 RENEWALS_A_TTL = 3
 
+OUT_OF_MEMORY = "OOM command not allowed"
+
 PACK_INLINE_BYTES = 6000
 """Longer arguments are sent as they lie in memory. It is redis-py's own bound."""
 
@@ -49,12 +51,13 @@ class Client(redis.Redis):
             ReplayUnavailableError: Redis does not answer, or refuses the login.
             ReplayError: Redis is at its `maxmemory`, or forbids the command to this user.
         """
-        with _translated(self.url):
+        with translated(self.url):
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
+def translated(url: str) -> Iterator[None]:
+    """Have redis-py's errors say what to do, as `Client` raises them."""
     try:
         yield
     except redis.exceptions.AuthenticationError as error:
@@ -72,7 +75,10 @@ def _translated(url: str) -> Iterator[None]:
             f"Redis at {safe_url(url)} does not answer: {error}. Check replay.redis, and that the server runs and "
             "can be reached from here."
         ) from error
-    except redis.exceptions.OutOfMemoryError as error:
+    except redis.exceptions.ResponseError as error:
+        # Before version 7 a script's own error only quotes that of the command.
+        if not isinstance(error, redis.exceptions.OutOfMemoryError) and OUT_OF_MEMORY not in str(error):
+            raise
         raise ReplayError(
             f"Redis at {safe_url(url)} is at its maxmemory although the replay buffer is within its capacity: other "
             "data takes the space. Raise maxmemory, lower replay.capacity, or use a Redis of its own."

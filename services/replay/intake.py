@@ -15,10 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import redis
-
 from services.contracts import CaptureJob, Outcome, Sample, TableSignature
 from services.errors import ReplayError, TableLostError, UnknownSampleError
+from services.replay.connect import Client
 from services.replay.keys import inserting_key, jobs_key, sample_key
 from services.replay.recent import RecentCommits
 from services.replay.rules import Admission
@@ -73,7 +72,7 @@ class Intake:
         clock: Seconds.
     """
 
-    def __init__(self, client: redis.Redis, prefix: str, signature: TableSignature, clock: Callable[[], float]) -> None:
+    def __init__(self, client: Client, prefix: str, signature: TableSignature, clock: Callable[[], float]) -> None:
         self.table = RedisTable(client, prefix)
         self.recent = RecentCommits(client, prefix)
         self.clock = clock

@@ -1,6 +1,6 @@
 -- place: capture, attempt, chunk index, payload bytes
 -- Makes the empty key that the payload is then SET into with XX: a payload that arrives after its sample was freed
--- finds no key and leaves nothing behind.
+-- finds no key and leaves nothing behind. Answers how many chunks the attempt has now.
 local capture, attempt, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks', 'stored', 'size:' .. index)
 if fields[1] ~= 'inserting' or tonumber(fields[2]) ~= tonumber(attempt) then
@@ -19,4 +19,4 @@ if redis.call('EXISTS', chunk) == 0 then
 end
 redis.call('HSET', sample_key(capture), 'chunks', math.max(tonumber(fields[4]), index + 1), 'stored', stored,
   'size:' .. index, ARGV[4])
-return { 'OK', chunk }
+return { 'OK', redis.call('HGET', sample_key(capture), 'chunks') }

@@ -18,7 +18,8 @@ Reply = list[bytes]
 
 
 @cache
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """What Redis runs as `<name>.lua`."""
     folder = files("services.replay")
     return "".join(folder.joinpath(f"{part}.lua").read_text("utf-8") for part in (*SHARED, name))
 
@@ -41,7 +42,7 @@ class Scripts:
             TableLostError: The script needs a table and there is none under this prefix.
         """
         if name not in self._scripts:
-            self._scripts[name] = self._client.register_script(_source(name))
+            self._scripts[name] = self._client.register_script(source(name))
         word, *rest = self._scripts[name](keys=[self._prefix], args=arguments)
         status = word.decode()
         if status == "LOST":

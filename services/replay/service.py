@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
-import redis
 from google.protobuf.message import Message
 
 from services.contracts import MAX_CHUNK_BYTES, SampleLease, TableSignature
@@ -27,7 +26,7 @@ from services.errors import (
 from services.grpc_errors import abort
 from services.grpc_server import GrpcServer
 from services.replay.config import ReplayConfig
-from services.replay.connect import claim, connect
+from services.replay.connect import Client, claim, connect
 from services.replay.insert_stream import Gone, InsertStream
 from services.replay.intake import Intake
 from services.replay.service_config import ServiceConfig
@@ -172,7 +171,7 @@ def serve(
 class _Service:
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prefix: str,
         replay: ReplayConfig,
         signature: TableSignature,

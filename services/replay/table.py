@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import redis
 from typing_extensions import Buffer, override
 
 from services.contracts import CaptureJob, LeaseName, Outcome, Sample, SampleLease, TableInfo, TableSignature
 from services.replay import refusals
+from services.replay.connect import Client
 from services.replay.keys import destroy, table_key
 from services.replay.protocol import ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
@@ -33,7 +33,7 @@ class RedisTable(ReplayTable):
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: Client,
         prefix: str,
         *,
         chunks: ChunkStore | None = None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from replaying import JOB_BYTES, SIGNATURE, failed, insert, lease, make_job, make_sample, put_chunk
+from replaying import JOB_BYTES, SIGNATURE, insert, lease, make_job, make_sample
 
-from services.errors import TableLostError, UnknownSampleError
+from services.errors import TableLostError
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.registry import TargetRegistry
@@ -55,24 +55,6 @@ def test_scripts_come_back_after_redis_forgot_them(table: RedisTable, redis_clie
     table.info()
     redis_client.script_flush()
     assert table.info().num_ready == 0
-
-
-def test_payload_of_a_freed_capture_leaves_nothing_behind(
-    table: RedisTable, redis_client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_job(0)
-    table.admit(job, 56, 0.0)
-    plain_set = redis_client.set
-
-    def abandoned_before_set(*args: object, **options: object) -> object:
-        table.abandon(job, failed(job))
-        return plain_set(*args, **options)
-
-    monkeypatch.setattr(redis_client, "set", abandoned_before_set)
-    with pytest.raises(UnknownSampleError, match="abandoned"):
-        put_chunk(table, job, 0, bytes(48))
-    assert redis_client.keys("run:chunk:*") == []
-    assert table.info().resident_bytes == 0
 
 
 def test_registry_forgets_targets_that_are_not_published_again(table: RedisTable, redis_client: Client) -> None:

@@ -25,6 +25,7 @@ from services.replay.config import ReplayConfig
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.keys import key_pattern
+from services.replay.raw_connection import RawConnection
 from services.replay.reader import ReplayReader
 from services.replay.registry import TargetRegistry
 from services.replay.shard import ReplayShard
@@ -203,6 +204,9 @@ def test_shard_killed_again_and_again_captures_all_once_and_leaks_nothing(embedd
     assert kinds <= {"table", "targets", "telemetry"}
 
 
+PLAIN_SEND = RawConnection.send
+
+
 class Killed(BaseException):
     """Nothing of the shard runs after this, as after SIGKILL."""
 
@@ -210,7 +214,8 @@ class Killed(BaseException):
 class CutOff:
     """Lets the commands of dispatcher and pulls through until it has counted to a number; then they are dead.
 
-    Odd numbers die after the command was carried out, and before its answer came.
+    Odd numbers die after the command was carried out, and before its answer came; of what a chunk is sent with, half
+    has left by then.
     """
 
     def __init__(self, number: int) -> None:
@@ -225,17 +230,26 @@ class CutOff:
         def execute(*args: Any, **options: Any) -> Any:
             if threading.current_thread().name == "telemetry":
                 return plain(*args, **options)
-            with self.lock:
-                self.count += 1
-                count = self.count
-            if count <= self.number // 2:
-                return plain(*args, **options)
-            if count == self.number // 2 + 1 and self.number % 2:
-                plain(*args, **options)
-            raise Killed
+            return self.cut(lambda: plain(*args, **options), lambda: plain(*args, **options))
 
         client.execute_command = execute  # type: ignore[method-assign]
         return client
+
+    def send(self, connection: RawConnection, pieces: Sequence[bytes | memoryview], num_replies: int) -> None:
+        """In place of `RawConnection.send`."""
+        sent = b"".join(pieces)
+        half = sent[: len(sent) // 2]
+        self.cut(lambda: PLAIN_SEND(connection, pieces, num_replies), lambda: PLAIN_SEND(connection, [half], 1))
+
+    def cut(self, whole: Callable[[], Any], last: Callable[[], Any]) -> Any:
+        with self.lock:
+            self.count += 1
+            count = self.count
+        if count <= self.number // 2:
+            return whole()
+        if count == self.number // 2 + 1 and self.number % 2:
+            last()
+        raise Killed
 
 
 class StumblingTarget(SyntheticTarget):
@@ -284,6 +298,7 @@ def run_until_killed_or_done(url: str, cut_off: CutOff, table: RedisTable, monke
     def run() -> None:
         with monkeypatch.context() as patch:
             patch.setattr(shard_module, "connect", cut_off.connect)
+            patch.setattr(RawConnection, "send", lambda *args: cut_off.send(*args))
             try:
                 shards.append(
                     ReplayShard(url, PREFIX, CONFIG, SIGNATURE, connect_target=lambda address: StumblingTarget())
