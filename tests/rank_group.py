@@ -41,6 +41,12 @@ DRAFTERS: dict[str, dict[str, Any]] = {
         "mask_token_id": VOCAB - 1,
     },
     "eagle3": {"algorithm": "eagle3", "target_layer_ids": (0, 1, 2, 3, 4), "ttt_length": 3},
+    "eagle3_cut": {
+        "algorithm": "eagle3",
+        "target_layer_ids": (0, 1, 2, 3, 4),
+        "ttt_length": 3,
+        "draft_vocab_size": VOCAB // 2,
+    },
 }
 DEADLINE_S = 120.0
 
@@ -236,7 +242,7 @@ def _train_rank(rank: int, plan: Plan, ports: Any) -> Any:
         process_group(store, rank, config, device),
         Prefetcher(coordinator, load, depth=2, first_step=done_steps + 1, rank=rank) as batches,
     ):
-        drafter = new_drafter(recipe).to(DTYPES[config.precision])
+        drafter = new_drafter(recipe, recipe.output_dir).to(DTYPES[config.precision])
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)
         engine = build_engine(drafter, config)
@@ -272,7 +278,7 @@ def open_engine(recipe: Recipe) -> Iterator[Any]:
         library_output_to(recipe.output_dir / "logs" / "rank_0.log"),
         process_group(open_store("127.0.0.1", 1), 0, config, training_device(config)),
     ):
-        yield build_engine(new_drafter(recipe).to(DTYPES[config.precision]), config)
+        yield build_engine(new_drafter(recipe, recipe.output_dir).to(DTYPES[config.precision]), config)
 
 
 def random_states() -> list[Any]:

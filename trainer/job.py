@@ -50,6 +50,7 @@ from services.views.tensorboard import TensorBoardSink
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
 from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, Part, ray_cluster, result_of, wait_started
 from trainer.console import RunConsole
+from trainer.draft_vocabulary import ensure_vocabulary
 from trainer.evaluations import Evaluations
 from trainer.observer import Observer
 from trainer.output import OutputDir, claim_output_dir, replace_text
@@ -186,6 +187,9 @@ class Job:
         self._observer.phase("starting target, replay shard, coordinator and trainer")
         self._shard = self._parts.shard()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)
+        vocabulary = ensure_vocabulary(recipe, self._prepared.target_folder, self._output.path, self._resume)
+        if vocabulary is not None:
+            self._console.say(vocabulary.text)
         with contextlib.suppress(PartDiedError):  # whose it was shows when each is needed
             wait_started(self._parts.all, self._steering.look)
         self._attending = self._coordinator.actor.attend.remote()

@@ -6,6 +6,7 @@ recipe.yaml         the recipe as the last attempt resolved it
 step_<N>/           checkpoints, step_latest points to the newest
 captures.jsonl      every capture ever committed (the ledger's second log)
 answers.jsonl       the target's own answers, where it is trained on these
+draft_vocabulary.json  the tokens that are drafted, where the vocabulary is cut
 telemetry.jsonl     history of metrics and events
 evaluations.jsonl   decoded τ by checkpoint
 tensorboard/        event files

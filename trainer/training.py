@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from drafters.build import build_drafter
 from drafters.drafter import Drafter
+from drafters.eagle3 import Eagle3Drafter
 from drafters.target_weights import TargetWeightsError, copy_target_embeddings, copy_target_layers
 from services.contracts import SampleLease, TableSignature
 from services.errors import TargetError
@@ -31,6 +32,7 @@ from trainer.distributed import (
     process_group,
     training_device,
 )
+from trainer.draft_vocabulary import read_vocabulary
 from trainer.figures import RunFigures, TrainResult
 from trainer.loading import MicroBatchLoader
 from trainer.loop import CoordinatorSide, TrainingLoop
@@ -105,7 +107,7 @@ def train(
             Prefetcher(coordinator, loader.load, depth=config.prefetch, first_step=done_steps + 1, rank=rank)
         )
         telemetry = stack.enter_context(contextlib.closing(TelemetryWriter(connect(redis_url), prefix)))
-        drafter = new_drafter(recipe).to(dtype)
+        drafter = new_drafter(recipe, output_dir).to(dtype)
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)
         engine = build_engine(drafter, config)
@@ -131,11 +133,16 @@ def train(
         ).run()
 
 
-def new_drafter(recipe: Recipe) -> Drafter:
+def new_drafter(recipe: Recipe, output_dir: Path) -> Drafter:
     """A drafter for the recipe's target: its embedding and head, and its layers or new weights from the seed.
+
+    Args:
+        recipe: With the drafter's settings resolved for the target.
+        output_dir: The run's directory, which has the draft vocabulary if it is cut.
 
     Raises:
         TargetError: The target's weights cannot be read, or do not fit.
+        CheckpointError: The draft vocabulary cannot be read.
     """
     folder, warm_start_layers = find_model(recipe.target.model, weights=True), recipe.drafter.warm_start_layers
     torch.manual_seed(recipe.trainer.seed)
@@ -146,4 +153,6 @@ def new_drafter(recipe: Recipe) -> Drafter:
             copy_target_layers(drafter, folder, warm_start_layers)
     except TargetWeightsError as error:
         raise TargetError(f"cannot begin with the target's weights: {error}") from error
+    if isinstance(drafter, Eagle3Drafter) and recipe.drafter.draft_vocab_size:
+        drafter.set_vocabulary(read_vocabulary(recipe, output_dir).tokens)
     return drafter.train()
