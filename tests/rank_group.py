@@ -154,16 +154,22 @@ def synthetic_sample(capture: int, drafter: DrafterConfig) -> Any:
 
     generator = torch.Generator().manual_seed(capture)
     length = 9 + capture % 4
-    loss_mask = torch.tensor([0] * 3 + [1] * (length - 3))
-    rows = LastRows(find_algorithm(drafter.algorithm).last_rows).select(loss_mask.tolist())
+    loss_mask = [0] * 3 + [1] * (length - 3)
+    rows = LastRows(find_algorithm(drafter.algorithm).last_rows).select(loss_mask)
+    input_ids = torch.randint(0, VOCAB - 1, (length,), generator=generator)
     job = CaptureJob(
-        capture=capture, prompt=capture, epoch=0, input_ids=(0,) * length, loss_mask=(0,) * length, last_rows=()
+        capture=capture,
+        prompt=capture,
+        epoch=0,
+        input_ids=tuple(input_ids.tolist()),
+        loss_mask=tuple(loss_mask),
+        last_rows=tuple(rows),
     )
     sample = Sample(job=job, chunks=(), num_bytes=0, target="")
     return CapturedSample(
         lease=SampleLease(lease_id=str(capture), use=capture, k=0, sample=sample),
-        input_ids=torch.randint(0, VOCAB - 1, (length,), generator=generator),
-        loss_mask=loss_mask,
+        input_ids=input_ids,
+        loss_mask=torch.tensor(loss_mask),
         context=torch.randn(length, context_width(drafter), generator=generator),
         last_rows=torch.tensor(rows),
         last=torch.randn(len(rows), HIDDEN, generator=generator),
@@ -194,8 +200,10 @@ def train_rank(rank: int, plan: Plan, ports: Any, results: Any) -> None:
 
 
 def _train_rank(rank: int, plan: Plan, ports: Any) -> Any:
+    from packing_reference import collate
+
     from trainer.checkpoint import checkpoint_step
-    from trainer.collate import collate
+    from trainer.collate import without_samples
     from trainer.distributed import (
         DTYPES,
         build_engine,
@@ -222,16 +230,14 @@ def _train_rank(rank: int, plan: Plan, ports: Any) -> Any:
         store = connect_store(ports.get(), config.world_size)
     device, done_steps = training_device(config), checkpoint_step(resume_from) if resume_from else 0
 
-    def load(captures: Sequence[int] | None, cancelled: Any) -> Any:
+    def load(captures: Sequence[int] | None, num_left: int, room: Any) -> Any:
         assert captures is not None
-        samples = [synthetic_sample(capture, recipe.drafter) for capture in captures]
-        micro_batch = collate(
-            samples,
-            list(captures),
-            context_width=context_width(recipe.drafter),
-            hidden_size=HIDDEN,
-        )
-        return micro_batch.to(device, DTYPES[config.precision])
+        dtype = DTYPES[config.precision]
+        if not captures:
+            return without_samples(context_width(recipe.drafter), HIDDEN, dtype)
+        micro_batch = collate([synthetic_sample(capture, recipe.drafter) for capture in captures], captures, dtype)
+        room.wait_for(micro_batch.num_bytes)
+        return micro_batch
 
     coordinator = CountingCoordinator(recipe, plan.num_uses, output_dir / f"reports_{rank}.jsonl", plan.on_report)
     checkpoints = CheckpointWriter(output_dir, recipe, rank, ["slipstream", "test"])
@@ -240,7 +246,7 @@ def _train_rank(rank: int, plan: Plan, ports: Any) -> Any:
     with (
         library_output_to(output_dir / "logs" / f"rank_{rank}.log"),
         process_group(store, rank, config, device),
-        Prefetcher(coordinator, load, depth=2, first_step=done_steps + 1, rank=rank) as batches,
+        Prefetcher(coordinator, load, depth_bytes=2**14, first_step=done_steps + 1, rank=rank) as batches,
     ):
         drafter = new_drafter(recipe, recipe.output_dir).to(DTYPES[config.precision])
         if rank == 0 and not resume_from:

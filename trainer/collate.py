@@ -1,22 +1,19 @@
-"""From captured samples to one packed micro-batch.
+"""One packed micro-batch, and how it comes to the device it is trained on.
 
-Letters: B samples of the micro-batch, L captured layers, D hidden size.
+Letters: B samples of the micro-batch, ΣT tokens of all of them, L captured layers, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from drafters import FeatureBatch
 from services.contracts import SampleLease
-
-if TYPE_CHECKING:
-    from services.replay.reader import CapturedSample
+from trainer.buffers import Buffer, Copied
 
 EMPTY_ROW_TOKENS = 2
 """Length of a micro-batch without any sample: the shortest that has a token and a next one."""
@@ -33,6 +30,10 @@ class MicroBatch:
         anchor_seeds: B seeds, one a sample.
         leases: Leases of the samples, in their order.
         num_tokens: Tokens of all samples, padding not counted.
+        num_bytes: Of the features.
+        buffer: What `features` lie in, to be given back once nothing reads them any more; None where they own their
+            memory.
+        copied: Done when everything is on the device; None if it is.
     """
 
     features: FeatureBatch
@@ -41,53 +42,62 @@ class MicroBatch:
     anchor_seeds: tuple[int, ...]
     leases: tuple[SampleLease, ...]
     num_tokens: int
+    num_bytes: int
+    buffer: Buffer | None = None
+    copied: Copied | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> MicroBatch:
-        """The same micro-batch on a device, with features in the drafter's dtype. Copies to a GPU overlap its work."""
-        if device.type == "cuda":
-            return _through_pinned_memory(self, device, dtype)
-        return replace(self, features=_cast(self.features, dtype))
+    def wait_until_there(self) -> None:
+        """Wait until everything is on the device."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
-def collate(
-    samples: Sequence[CapturedSample], anchor_seeds: Sequence[int], *, context_width: int, hidden_size: int
+def packed(
+    leases: Sequence[SampleLease],
+    anchor_seeds: Sequence[int],
+    context: Tensor,
+    last: Tensor,
+    buffer: Buffer | None = None,
 ) -> MicroBatch:
-    """Pack samples end to end in one row, without padding.
+    """A micro-batch of samples whose features are in place.
 
     Args:
-        samples: None at all gives a micro-batch of one sample of weight zero, which trains nothing.
+        leases: Of the samples, in the order in which they stand end to end.
         anchor_seeds: One for each sample.
-        context_width: L·D.
-        hidden_size: D.
+        context: [1, ΣT, L·D].
+        last: [1, ΣT, D].
+        buffer: What the two lie in.
     """
-    assert len(samples) == len(anchor_seeds)
-    if not samples:
-        return _empty(context_width, hidden_size)
-    lengths = [len(sample.input_ids) for sample in samples]
-    last = torch.zeros(sum(lengths), hidden_size, dtype=samples[0].last.dtype)
-    for piece, sample in zip(last.split(lengths), samples, strict=True):
-        piece[sample.last_rows] = sample.last
+    jobs = [lease.sample.job for lease in leases]
     return MicroBatch(
         features=FeatureBatch.from_tensors(
-            torch.cat([sample.input_ids for sample in samples])[None],
-            torch.cat([sample.loss_mask for sample in samples])[None],
+            torch.tensor([token for job in jobs for token in job.input_ids])[None],
+            torch.tensor([counts for job in jobs for counts in job.loss_mask])[None],
             None,
-            torch.cat([sample.context for sample in samples])[None],
-            last[None],
-            sample_lengths=lengths,
+            context,
+            last,
+            sample_lengths=[job.num_tokens for job in jobs],
         ),
-        sample_weights=torch.ones(len(samples)),
-        importance_weights=torch.tensor([sample.lease.importance for sample in samples], dtype=torch.float32),
+        sample_weights=torch.ones(len(leases)),
+        importance_weights=torch.tensor([lease.importance for lease in leases], dtype=torch.float32),
         anchor_seeds=tuple(anchor_seeds),
-        leases=tuple(sample.lease for sample in samples),
-        num_tokens=sum(lengths),
+        leases=tuple(leases),
+        num_tokens=context.shape[1],
+        num_bytes=context.nbytes + last.nbytes,
+        buffer=buffer,
     )
 
 
-def _empty(context_width: int, hidden_size: int) -> MicroBatch:
-    """What a rank trains on when the plan ended on another: its collectives must run all the same."""
+def without_samples(context_width: int, hidden_size: int, dtype: torch.dtype) -> MicroBatch:
+    """What a rank trains on when the plan ended on another: its collectives must run all the same.
+
+    Args:
+        context_width: L·D.
+        hidden_size: D.
+        dtype: Of the features.
+    """
     ids = torch.zeros(1, EMPTY_ROW_TOKENS, dtype=torch.long)
-    context, last = (torch.zeros(*ids.shape, width) for width in (context_width, hidden_size))
+    context, last = (torch.zeros(*ids.shape, width, dtype=dtype) for width in (context_width, hidden_size))
     return MicroBatch(
         features=FeatureBatch.from_tensors(ids, torch.zeros_like(ids), None, context, last),
         sample_weights=torch.zeros(1),
@@ -95,46 +105,52 @@ def _empty(context_width: int, hidden_size: int) -> MicroBatch:
         anchor_seeds=(0,),
         leases=(),
         num_tokens=0,
+        num_bytes=context.nbytes + last.nbytes,
     )
 
 
-def _cast(features: FeatureBatch, dtype: torch.dtype) -> FeatureBatch:
-    return replace(
-        features,
-        target_hidden_states=features.target_hidden_states.to(dtype),
-        target_last_hidden_states=features.target_last_hidden_states.to(dtype),
-    )
+class DeviceCopy:
+    """Copies micro-batches to a GPU on a stream of its own, so that copies and the step's kernels overlap.
 
+    Args:
+        device: The GPU.
+        give_back: Takes a host buffer from which a copy was begun, and what says that it is done.
+    """
 
-def _through_pinned_memory(micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> MicroBatch:
-    """Copy on a stream of its own, so that the copy waits for no kernel of the step, nor the step for the copy."""
-    copying, training = torch.cuda.Stream(device), torch.cuda.default_stream(device)
+    def __init__(self, device: torch.device, give_back: Callable[[Buffer, Copied], None]) -> None:
+        self._device = device
+        self._give_back = give_back
+        self._copying = torch.cuda.Stream(device)
+        self._training = torch.cuda.default_stream(device)
 
-    def move(tensor: Tensor) -> Tensor:
-        moved = tensor.pin_memory().to(device, non_blocking=True)
-        moved.record_stream(training)  # the allocator must not hand the memory out while a step still reads it
-        return moved
-
-    with torch.cuda.stream(copying):
-        features = micro_batch.features
-        moved = replace(
-            micro_batch,
-            features=_cast(
-                FeatureBatch(
-                    move(features.input_ids),
-                    move(features.loss_mask),
-                    move(features.attention_mask),
-                    move(features.target_hidden_states),
-                    move(features.target_last_hidden_states),
-                    move(features.loss_lengths),
+    def begin(self, micro_batch: MicroBatch) -> MicroBatch:
+        """Begin to copy; the micro-batch on the device knows when it is there (`wait_until_there`)."""
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self._copying):
+            features = micro_batch.features
+            moved = replace(
+                micro_batch,
+                features=FeatureBatch(
+                    self._move(features.input_ids),
+                    self._move(features.loss_mask),
+                    self._move(features.attention_mask),
+                    self._move(features.target_hidden_states),
+                    self._move(features.target_last_hidden_states),
+                    self._move(features.loss_lengths),
                     features.sample_lengths,
                 ),
-                dtype,
-            ),
-            sample_weights=move(micro_batch.sample_weights),
-            importance_weights=move(micro_batch.importance_weights),
-        )
-        for tensor in (moved.features.target_hidden_states, moved.features.target_last_hidden_states):
-            tensor.record_stream(training)  # the cast may have made a new one
-        copying.synchronize()
-    return moved
+                sample_weights=self._move(micro_batch.sample_weights),
+                importance_weights=self._move(micro_batch.importance_weights),
+                buffer=None,
+                copied=copied,
+            )
+            copied.record(self._copying)
+        if micro_batch.buffer is not None:
+            self._give_back(micro_batch.buffer, copied)
+        return moved
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        moved = pinned.to(self._device, non_blocking=True)
+        moved.record_stream(self._training)  # the allocator must not hand the memory out while a step still reads it
+        return moved

@@ -1,7 +1,10 @@
-"""Micro-batches made ready while the step before runs: leased, fetched, decoded and collated by one thread.
+"""Micro-batches made ready while the steps before them run: leased, read, decoded and copied by one thread.
 
-The queue holds at most `depth` micro-batches. With the one that trains and the one that is being completed, a rank
-holds the bytes of depth + 2 micro-batches at once.
+The bound is on bytes: what is ready and not yet taken by the loop, packed as it is trained, stays within a depth, of
+which one micro-batch may always be ahead, however large. With the one that trains and the one whose samples are leased
+but wait for their room, a rank has at most the depth and two micro-batches out of the buffer at once.
+
+The thread does not stop at the end of a step: it asks for the next step's lease while the loop is still in this one.
 """
 
 from __future__ import annotations
@@ -16,11 +19,6 @@ from typing import Generic, Protocol, Self, TypeVar
 
 from services.contracts import StepLease
 from services.errors import PausedError
-
-Batch = TypeVar("Batch")
-
-POLL_S = 0.2
-"""How often a waiting thread looks whether it should stop."""
 
 STOP_DEADLINE_S = 5.0
 """How long the thread may take to stop; it is a daemon, so an answer that never comes cannot keep the process."""
@@ -38,14 +36,79 @@ class LeaseSource(Protocol):
         ...
 
 
+class Prefetchable(Protocol):
+    """What is made ready."""
+
+    @property
+    def num_bytes(self) -> int:
+        """How much room it takes until the loop takes it."""
+        ...
+
+    def wait_until_there(self) -> None:
+        """Wait until a copy that its making began is done."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=Prefetchable)
+
+
+class Room:
+    """How many bytes may be ahead of the loop, and are.
+
+    Args:
+        depth_bytes: The most, but for a single micro-batch that is larger.
+    """
+
+    def __init__(self, depth_bytes: int) -> None:
+        self.depth_bytes = depth_bytes
+        self.closed = threading.Event()
+        """Set once nothing more shall be made; ends every wait."""
+        self._changed = threading.Condition()
+        self._ahead_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Below 0 where a single micro-batch is larger than the depth."""
+        with self._changed:
+            return self.depth_bytes - self._ahead_bytes
+
+    def wait_for(self, num_bytes: int) -> bool:
+        """Wait until so many bytes more fit, or nothing is ahead; they are not counted yet. False once closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self.closed.is_set() or self._ahead_bytes == 0 or self._ahead_bytes + num_bytes <= self.depth_bytes
+                )
+            )
+        return not self.closed.is_set()
+
+    def add(self, num_bytes: int) -> None:
+        """So many bytes more are ahead."""
+        with self._changed:
+            self._ahead_bytes += num_bytes
+
+    def remove(self, num_bytes: int) -> None:
+        """The loop has taken so many bytes."""
+        with self._changed:
+            self._ahead_bytes -= num_bytes
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing more shall be made."""
+        with self._changed:
+            self.closed.set()
+            self._changed.notify_all()
+
+
 class Prefetcher(Generic[Batch]):
-    """Runs ahead of the training loop by a bounded number of micro-batches.
+    """Runs ahead of the training loop by a bounded number of bytes.
 
     Args:
         coordinator: Grants the steps.
-        load: Makes one micro-batch: takes the captures to use (None: whatever is ready) and what ends its
-            wait early.
-        depth: Most micro-batches that wait in the queue.
+        load: Makes the next micro-batch of a step once there is room for it: takes the captures to use (None: whatever
+            is ready), how many micro-batches of the step are left, this one included, and the room. What it returns
+            once the room is closed is thrown away.
+        depth_bytes: Most bytes that are ready ahead of the loop.
         first_step: Number of the first step to ask for.
         rank: Whose captures to take in deterministic mode.
     """
@@ -53,9 +116,9 @@ class Prefetcher(Generic[Batch]):
     def __init__(
         self,
         coordinator: LeaseSource,
-        load: Callable[[Sequence[int] | None, threading.Event], Batch],
+        load: Callable[[Sequence[int] | None, int, Room], Batch],
         *,
-        depth: int,
+        depth_bytes: int,
         first_step: int,
         rank: int,
     ) -> None:
@@ -63,8 +126,8 @@ class Prefetcher(Generic[Batch]):
         self._load = load
         self._first_step = first_step
         self._rank = rank
-        self._queue: queue.Queue[tuple[StepLease, Batch | None] | BaseException] = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._room = Room(depth_bytes)
+        self._queue: queue.SimpleQueue[tuple[StepLease, Batch | None] | BaseException] = queue.SimpleQueue()
         self._wait_s = 0.0
         self._loop_paused_s = 0.0
         self._paused_s = 0.0
@@ -102,56 +165,54 @@ class Prefetcher(Generic[Batch]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the thread. Leases it still holds end with their trainer group."""
-        self._stop.set()
+        self._room.close()
         self._thread.join(STOP_DEADLINE_S)
 
     def _take(self) -> tuple[StepLease, Batch | None]:
         started_s, paused_before_s = time.perf_counter(), self._paused_s
         item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        _, batch = item
+        if batch is not None:
+            self._room.remove(batch.num_bytes)
+            batch.wait_until_there()
         waited_s = time.perf_counter() - started_s
         paused_s = min(waited_s, self._paused_s - paused_before_s)
         self._wait_s += waited_s - paused_s
         self._loop_paused_s += paused_s
-        if isinstance(item, BaseException):
-            raise item
         return item
 
     def _run(self) -> None:
         try:
             self._fill()
         except Exception as error:  # handed to the loop, which raises it
-            self._put(error)
+            self._queue.put(error)
 
     def _fill(self) -> None:
         step = self._first_step
-        while not self._stop.is_set():
+        while not self._room.closed.is_set():
             lease = self._ask_lease(step)
             if lease is None:
                 return
             if lease.is_end:
-                self._put((lease, None))
+                self._queue.put((lease, None))
                 return
             for index in range(lease.num_micro_batches):
                 captures = None if lease.captures is None else lease.captures[self._rank][index]
-                self._put((lease, self._load(captures, self._stop)))
-                if self._stop.is_set():
+                batch = self._load(captures, lease.num_micro_batches - index, self._room)
+                if self._room.closed.is_set():
                     return
+                self._room.add(batch.num_bytes)
+                self._queue.put((lease, batch))
             step += 1
 
     def _ask_lease(self, step: int) -> StepLease | None:
         """The lease of a step, however long the run is paused before it; None if the thread shall stop."""
-        while not self._stop.is_set():
+        while not self._room.closed.is_set():
             asked_s = time.perf_counter()
             try:
                 return self._coordinator.step_lease(step)
             except PausedError:
                 self._paused_s += time.perf_counter() - asked_s
         return None
-
-    def _put(self, item: tuple[StepLease, Batch | None] | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=POLL_S)
-                return
-            except queue.Full:
-                continue

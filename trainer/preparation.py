@@ -11,6 +11,7 @@ from services.contracts import LastRows, TableSignature
 from services.errors import RecipeError
 from services.models import ModelShape, find_model, read_shape, text_values
 from services.prompts.sources import STDLIB
+from trainer.depth import needed_buffer_bytes
 from trainer.recipe import Recipe
 
 
@@ -72,15 +73,13 @@ def prepare(recipe: Recipe) -> Preparation:
             f"replay.chunk {recipe.replay.chunk} cannot hold one token's features: {len(signature.layer_ids)} layers "
             f"of width {signature.hidden_size} as {signature.dtype} are {signature.context_row_bytes} bytes; raise it"
         )
-    trainer = recipe.trainer
-    # Each rank holds its prefetched micro-batches and the one it trains on, while the next one is being completed.
-    samples_held = trainer.world_size * trainer.layout.samples_per_pass * (trainer.prefetch + 2)
-    needed = samples_held * signature.sample_bytes(longest, longest)
+    needed = needed_buffer_bytes(recipe, signature)
     if recipe.replay.capacity < needed:
         raise RecipeError(
-            f"replay.capacity {recipe.replay.capacity} cannot hold the micro-batches in flight: {samples_held} samples "
-            f"of up to {longest} tokens need {needed} bytes ({needed / 1024**2:.0f}MiB). Raise replay.capacity, or "
-            "lower prompts.max_length, trainer.micro_batch_size or trainer.prefetch"
+            f"replay.capacity {recipe.replay.capacity} cannot hold the micro-batches in flight: {needed} bytes "
+            f"({needed / 1024**2:.0f}MiB) with {recipe.trainer.layout.samples_per_pass} samples of up to {longest} "
+            "tokens in each. Raise replay.capacity, or lower prompts.max_length, trainer.micro_batch_size or "
+            "trainer.prefetch"
         )
     return Preparation(
         recipe=recipe.model_copy(update={"drafter": drafter}),

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from drafters.config import DrafterConfig, settings_of
 from evaluation.config import EvaluationConfig
 from services.errors import RecipeError
 from services.placement import PlacementConfig
 from services.prompts.config import PromptsConfig
-from services.replay.config import ReplayConfig
+from services.replay.config import MAX_CAPACITY_BYTES, Bytes, ReplayConfig
 from services.replay.selectors import SelectorKind
 from services.target.config import TargetConfig
 from trainer.batch_layout import BatchLayout
@@ -26,6 +26,9 @@ from trainer.recipe_text import LONGEST_KEY, LONGEST_SHOWN, MAX_TEXT_BYTES, Text
 
 PATH_KEYS = (("target", "model"), ("prompts", "source"), ("prompts", "heldout"))
 """Settings that may name a file beside the recipe: a value that begins with `./` is meant relative to its folder."""
+
+FEWEST_PREFETCH_BYTES = 1024
+"""No micro-batch has fewer: a smaller `trainer.prefetch` was meant as a number of micro-batches."""
 
 MAX_PROBLEMS = 20
 """Of a recipe that one error names: whoever reads more has the wrong file."""
@@ -51,7 +54,13 @@ class TrainerConfig(PlacementConfig):
     )
     checkpoint_every: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints to keep; step_0 is always kept")
-    prefetch: int = Field(2, ge=1, description="micro-batches fetched ahead of the step")
+    prefetch: Bytes | None = Field(
+        None,
+        gt=0,
+        le=MAX_CAPACITY_BYTES,
+        description="most bytes of features that a rank makes ready ahead of its step ('256MiB'), as the drafter reads "
+        "them; one micro-batch always is. null: room for two of the longest",
+    )
     wait_s: float = Field(600.0, gt=0, description="longest wait for a micro-batch before the run fails")
     silent_s: float = Field(
         180.0, ge=5, description="a rank that gives no sign of life for so long is killed, and all begin again"
@@ -71,6 +80,16 @@ class TrainerConfig(PlacementConfig):
             micro_batch_size=self.micro_batch_size,
             deterministic=self.deterministic,
         )
+
+    @field_validator("prefetch")
+    @classmethod
+    def _prefetch_is_in_bytes(cls, prefetch: int | None) -> int | None:
+        if prefetch is not None and prefetch < FEWEST_PREFETCH_BYTES:
+            raise ValueError(
+                f"{prefetch} bytes hold no micro-batch: prefetch is in bytes, not in micro-batches. Leave it out for "
+                f"room for two of the longest, or give at least {FEWEST_PREFETCH_BYTES}, such as 256MiB"
+            )
+        return prefetch
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:

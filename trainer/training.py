@@ -24,6 +24,7 @@ from services.replay.connect import connect
 from services.replay.reader import ReplayReader
 from services.telemetry import TelemetryWriter
 from trainer.checkpoint import checkpoint_step
+from trainer.depth import prefetch_bytes
 from trainer.distributed import (
     DTYPES,
     build_engine,
@@ -104,7 +105,13 @@ def train(
         stack.enter_context(library_output_to(output_dir / "logs" / f"rank_{rank}.log"))
         stack.enter_context(process_group(store, rank, config, device))
         batches = stack.enter_context(
-            Prefetcher(coordinator, loader.load, depth=config.prefetch, first_step=done_steps + 1, rank=rank)
+            Prefetcher(
+                coordinator,
+                loader.load,
+                depth_bytes=prefetch_bytes(recipe, signature),
+                first_step=done_steps + 1,
+                rank=rank,
+            )
         )
         telemetry = stack.enter_context(contextlib.closing(TelemetryWriter(connect(redis_url), prefix)))
         drafter = new_drafter(recipe, output_dir).to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from services.codec import TORCH_DTYPES, byte_view
+from services.codec import TORCH_DTYPES, byte_view, unpack_into
 from services.contracts import SampleLease, TableSignature
-from services.errors import ReplayUnavailableError, TableLostError, UnknownSampleError
 from services.replay.leasing import Leasing
 from services.replay.links import link_shards
 
@@ -26,11 +24,11 @@ class CapturedSample(NamedTuple):
     loss_mask: Tensor
     """LongTensor [T], 0 or 1."""
     context: Tensor
-    """[T, L·D] in the table's dtype: the layers' features side by side, in the signature's order."""
+    """[T, L·D] in the table's dtype, or float32 for fp8: the layers' features in the signature's order."""
     last_rows: Tensor
     """LongTensor [R], ascending: which rows of the sequence `last` holds."""
     last: Tensor
-    """[R, D] in the table's dtype: last hidden state after the final norm."""
+    """[R, D] in the same: last hidden state after the final norm."""
 
 
 class ReplayReader(Leasing):
@@ -56,83 +54,35 @@ class ReplayReader(Leasing):
             ReplayUnavailableError: A Redis does not answer.
         """
         super().__init__(link_shards(redis_urls, prefix), prefix, signature, clock=clock)
-        self._dtype = TORCH_DTYPES[signature.dtype]
-
-    def take(
-        self,
-        *,
-        rank: int,
-        generation: int,
-        count: int,
-        lease_s: float,
-        timeout_s: float,
-        hold: Callable[[Sequence[SampleLease]], bool],
-        captures: Sequence[int] | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> list[CapturedSample]:
-        """Lease a micro-batch and read it. Samples that are lost with their Redis are passed over for others.
-
-        Args:
-            rank: Who leases.
-            generation: Of the trainer group.
-            count: How many uses.
-            lease_s: The leases end by themselves this much later.
-            timeout_s: Longest wait.
-            hold: Hears of the leases whose samples are in memory, and says whether they still count.
-            captures: Lease exactly these.
-            cancelled: Ends the wait early with an empty list.
-
-        Raises:
-            SlipstreamError: As `lease` and `fetch` do.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            leases = self.lease(
-                rank=rank,
-                generation=generation,
-                count=count,
-                lease_s=lease_s,
-                timeout_s=deadline - time.monotonic(),
-                captures=captures,
-                cancelled=cancelled,
-            )
-            try:
-                samples = [self.fetch(lease) for lease in leases]
-            except (ReplayUnavailableError, TableLostError, UnknownSampleError):
-                if not self.are_lost(leases, deadline):
-                    raise
-            else:
-                if hold(leases):
-                    return samples
-            self.drop(leases, generation)  # those of tables that still stand
 
     def fetch(self, lease: SampleLease) -> CapturedSample:
-        """Read a leased sample, chunk by chunk, into new tensors.
-
-        Checksums and finiteness were checked once, by the shard on arrival (`services.replay.arrival`); here only sizes
-        are.
+        """Read a leased sample into new tensors: for a look at one. A trainer packs many, in place (`read_into`).
 
         Raises:
             UnknownSampleError: A chunk is gone: the lease has ended.
             WireError: A chunk has another length than its record says.
         """
-        job = lease.sample.job
-        num_layers, hidden_size = len(self._signature.layer_ids), self._signature.hidden_size
-        context = torch.empty(job.num_tokens, num_layers * hidden_size, dtype=self._dtype)
-        last = torch.empty(len(job.last_rows), hidden_size, dtype=self._dtype)
-        places = {
-            "context": (byte_view(context), self._signature.context_row_bytes),
-            "last": (byte_view(last), self._signature.last_row_bytes),
+        job, signature = lease.sample.job, self._signature
+        rows = {
+            "context": torch.empty(job.num_tokens, signature.context_row_bytes, dtype=torch.uint8),
+            "last": torch.empty(len(job.last_rows), signature.last_row_bytes, dtype=torch.uint8),
         }
         for index, chunk in enumerate(lease.sample.chunks):
-            view, row_bytes = places[chunk.tensor]
-            place = view[chunk.row_start * row_bytes : chunk.row_end * row_bytes]
-            self.read_into(lease, index, place)
+            self.read_into(lease, index, byte_view(rows[chunk.tensor][chunk.row_start : chunk.row_end]))
         return CapturedSample(
             lease=lease,
             input_ids=torch.tensor(job.input_ids, dtype=torch.long),
             loss_mask=torch.tensor(job.loss_mask, dtype=torch.long),
-            context=context,
+            context=self._unpacked(rows["context"], len(signature.layer_ids) * signature.hidden_size),
             last_rows=torch.tensor(job.last_rows, dtype=torch.long),
-            last=last,
+            last=self._unpacked(rows["last"], signature.hidden_size),
         )
+
+    def _unpacked(self, packed: Tensor, width: int) -> Tensor:
+        """Rows as they travelled [R, bytes], as numbers [R, width]."""
+        dtype = self._signature.dtype
+        if dtype != "fp8_e4m3":
+            return packed.view(TORCH_DTYPES[dtype])
+        rows = torch.empty(len(packed), width, dtype=torch.float32)
+        unpack_into(rows, packed, dtype, self._signature.hidden_size)
+        return rows

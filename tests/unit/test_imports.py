@@ -43,6 +43,8 @@ WITH_TORCH = {
     "evaluation.decode",
     "evaluation.evaluator",
     "evaluation.lossless",
+    "trainer.assembly",
+    "trainer.buffers",
     "trainer.collate",
     "trainer.distributed",
     "trainer.evaluations",

@@ -1,15 +1,17 @@
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 from waiting import wait_until
 
 from services.contracts import StepLease
 from services.errors import DeadlineError, PausedError
-from trainer.prefetch import Prefetcher
+from trainer.prefetch import Prefetcher, Room
 
 DEADLINE_S = 10.0
+MIB = 2**20
 
 
 class Steps:
@@ -26,58 +28,134 @@ class Steps:
         return StepLease(step=step, num_micro_batches=size, captures=self.captures if size else None)
 
 
-class Counter:
-    """Makes micro-batches 0, 1, 2, …"""
+class Batch(NamedTuple):
+    number: int
+    num_bytes: int = MIB
 
-    def __init__(self) -> None:
+    def wait_until_there(self) -> None:
+        pass
+
+
+class Counter:
+    """Makes micro-batches 0, 1, 2, … of the given sizes, then of 1 MiB."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
         self.made = 0
         self.captures: list[Sequence[int] | None] = []
+        self.num_left: list[int] = []
 
-    def load(self, captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+    def load(self, captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
+        size = self.sizes[self.made] if self.made < len(self.sizes) else MIB
         self.captures.append(captures)
-        self.made += 1
-        return self.made - 1
+        self.num_left.append(num_left)
+        if room.wait_for(size):
+            self.made += 1
+        return Batch(self.made - 1, size)
+
+
+def numbers(items: object) -> list[int]:
+    return [item.number for item in items]  # type: ignore[attr-defined]
 
 
 def test_steps_come_in_order_with_their_micro_batches_until_end() -> None:
     source, counter = Steps(2, 1, 3), Counter()
-    with Prefetcher(source, counter.load, depth=2, first_step=1, rank=0) as batches:
-        seen = [(lease.step, list(items)) for lease, items in batches.steps()]
+    with Prefetcher(source, counter.load, depth_bytes=2 * MIB, first_step=1, rank=0) as batches:
+        seen = [(lease.step, numbers(items)) for lease, items in batches.steps()]
     assert seen == [(1, [0, 1]), (2, [2]), (3, [3, 4, 5])]
     assert source.asked == [1, 2, 3, 4]
+    assert counter.num_left == [2, 1, 1, 3, 2, 1]
 
 
 def test_resumed_run_asks_for_its_first_step_only() -> None:
     source = Steps(1, 1, 1)
-    with Prefetcher(source, Counter().load, depth=1, first_step=3, rank=0) as batches:
+    with Prefetcher(source, Counter().load, depth_bytes=MIB, first_step=3, rank=0) as batches:
         assert [lease.step for lease, _ in batches.steps()] == [3]
     assert source.asked == [3, 4]
 
 
-def test_thread_runs_ahead_by_the_depth_and_one() -> None:
-    counter = Counter()
-    with Prefetcher(Steps(100), counter.load, depth=3, first_step=1, rank=0) as batches:
-        wait_until(lambda: counter.made == 4, "four batches made")  # three wait in the queue, one is held by the thread
+def test_thread_runs_ahead_by_the_depth_and_no_more() -> None:
+    counter = Counter(2 * MIB, MIB, MIB // 2, MIB)
+    with Prefetcher(Steps(100), counter.load, depth_bytes=4 * MIB, first_step=1, rank=0) as batches:
+        wait_until(lambda: len(counter.captures) == 4, "three batches made, a fourth asked for")
+        assert counter.made == 3, "3.5 of 4 MiB are ahead, and the next has 1"
         _, items = next(batches.steps())
-        assert next(items) == 0
-        wait_until(lambda: counter.made == 5, "a fifth batch")
-    assert counter.made == 5
+        assert next(items).number == 0
+        wait_until(lambda: counter.made == 5, "room for two more of 1 MiB: 3.5 again")
+        wait_until(lambda: len(counter.captures) == 6, "a sixth batch asked for")
+        assert counter.made == 5
+
+
+def test_one_micro_batch_is_ahead_however_large() -> None:
+    counter = Counter(9 * MIB, 9 * MIB, 9 * MIB)
+    with Prefetcher(Steps(100), counter.load, depth_bytes=MIB, first_step=1, rank=0) as batches:
+        wait_until(lambda: len(counter.captures) == 2, "one batch made, a second asked for")
+        assert counter.made == 1
+        _, items = next(batches.steps())
+        assert next(items).number == 0
+        wait_until(lambda: counter.made == 2, "the second one, while the first one trains")
+
+
+def test_thread_goes_on_into_the_next_step() -> None:
+    """While the loop is in its first step, micro-batches of the third are made."""
+    source, counter = Steps(1, 1, 1), Counter()
+    with Prefetcher(source, counter.load, depth_bytes=9 * MIB, first_step=1, rank=0) as batches:
+        next(batches.steps())
+        wait_until(lambda: counter.made == 3, "three batches made")
+        wait_until(lambda: source.asked == [1, 2, 3, 4], "the end asked for")
+
+
+def test_batch_that_is_still_being_copied_is_waited_for() -> None:
+    there = threading.Event()
+
+    class Copying(Batch):
+        def wait_until_there(self) -> None:
+            assert there.wait(DEADLINE_S)
+
+    def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
+        return Copying(0)
+
+    with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
+        threading.Timer(0.1, there.set).start()
+        next(batches.steps())
+        assert there.is_set()
+        assert batches.take_wait_s() > 0.05
+
+
+def test_room_counts_what_is_ahead() -> None:
+    room = Room(10)
+    assert room.wait_for(11)
+    room.add(11)
+    assert room.free_bytes == -1
+    room.remove(11)
+    room.add(4)
+    assert room.wait_for(6)
+    threading.Timer(0.05, lambda: room.remove(4)).start()
+    assert room.wait_for(7)
+    assert room.free_bytes == 10
+
+
+def test_closed_room_has_no_place() -> None:
+    room = Room(10)
+    room.add(10)
+    threading.Timer(0.05, room.close).start()
+    assert not room.wait_for(1)
 
 
 def test_named_captures_go_to_their_rank() -> None:
     counter = Counter()
     source = Steps(2, captures=(((0, 1), (2,)), ((3, 4), ())))
-    with Prefetcher(source, counter.load, depth=2, first_step=1, rank=1) as batches:
-        assert [list(items) for _, items in batches.steps()] == [[0, 1]]
+    with Prefetcher(source, counter.load, depth_bytes=2 * MIB, first_step=1, rank=1) as batches:
+        assert [numbers(items) for _, items in batches.steps()] == [[0, 1]]
     assert counter.captures == [(3, 4), ()]
 
 
 def test_error_of_the_thread_is_raised_in_the_loop() -> None:
-    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+    def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
         raise DeadlineError("no samples")
 
     with (
-        Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0) as batches,
+        Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches,
         pytest.raises(DeadlineError, match="no samples"),
     ):
         next(batches.steps())
@@ -86,12 +164,12 @@ def test_error_of_the_thread_is_raised_in_the_loop() -> None:
 def test_leaving_cancels_a_wait() -> None:
     waiting = threading.Event()
 
-    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+    def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
         waiting.set()
-        assert cancelled.wait(DEADLINE_S)
-        return 0
+        assert room.closed.wait(DEADLINE_S)
+        return Batch(0)
 
-    with Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0):
+    with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0):
         assert waiting.wait(DEADLINE_S)
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
@@ -99,11 +177,11 @@ def test_leaving_cancels_a_wait() -> None:
 def test_wait_is_counted_and_reset_when_taken() -> None:
     release = threading.Event()
 
-    def load(captures: Sequence[int] | None, cancelled: threading.Event) -> int:
+    def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
         release.wait(DEADLINE_S)
-        return 0
+        return Batch(0)
 
-    with Prefetcher(Steps(1), load, depth=1, first_step=1, rank=0) as batches:
+    with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
         threading.Timer(0.1, release.set).start()
         next(batches.steps())
         assert 0.05 < batches.take_wait_s() < DEADLINE_S
@@ -128,10 +206,10 @@ class PausedSteps(Steps):
 
 def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
     coordinator = PausedSteps(1, 1)
-    with Prefetcher(coordinator, Counter().load, depth=1, first_step=1, rank=0) as batches:
+    with Prefetcher(coordinator, Counter().load, depth_bytes=MIB, first_step=1, rank=0) as batches:
         steps = batches.steps()
         _, first = next(steps)
-        assert list(first) == [0]
+        assert numbers(first) == [0]
         batches.take_wait_s()
 
         num_refused = coordinator.num_refused
@@ -143,7 +221,7 @@ def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
         waiting = threading.Thread(target=go_on)
         waiting.start()
         _, second = next(steps)
-        assert list(second) == [1]
+        assert numbers(second) == [1]
         waiting.join()
         paused_s = batches.take_paused_s()
         assert paused_s > 0.2, "the loop stood still"
@@ -152,6 +230,6 @@ def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
 
 
 def test_paused_prefetcher_stops_at_once() -> None:
-    with Prefetcher(PausedSteps(1, 1), Counter().load, depth=1, first_step=2, rank=0) as batches:
+    with Prefetcher(PausedSteps(1, 1), Counter().load, depth_bytes=MIB, first_step=2, rank=0) as batches:
         thread = batches._thread
     wait_until(lambda: not thread.is_alive(), "the end of the thread")

@@ -70,10 +70,10 @@ def test_prompts_longer_than_the_targets_context_are_refused(target: str) -> Non
 
 
 def test_capacity_holds_exactly_the_micro_batches_in_flight(target: str) -> None:
-    """One rank, micro-batches of 1, prefetch 2: four samples of 4096 tokens, 5 + 1 rows of 64 bf16 numbers a token."""
+    """One rank, micro-batches of 1, two ahead: four samples of 4096 tokens, 5 + 1 rows of 64 bf16 numbers a token."""
     needed = 4 * 4096 * (5 + 1) * 64 * 2
     assert prepare(recipe(target, capacity=needed)).needed_buffer_bytes == needed
-    with pytest.raises(RecipeError, match=f"4 samples of up to 4096 tokens need {needed} bytes"):
+    with pytest.raises(RecipeError, match=f"micro-batches in flight: {needed} bytes .* 1 samples of up to 4096 tokens"):
         prepare(recipe(target, capacity=needed - 1))
 
 
