@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from trainer.commands.options import JsonOption, OverridesArgument, fail
+
+YARDSTICKS = {
+    "raw TCP": "tcp_loopback_mb_s",
+    "one gRPC hop": "grpc_hop_mb_s",
+    "Redis SET": "redis_set_mb_s",
+    "Redis GET": "redis_get_mb_s",
+    "disk way": "disk_way_mb_s",
+}
+"""What `bench stream` holds the path against, as people and as scripts read it."""
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: each prints a ratio measured in one run.")
 
@@ -97,3 +107,44 @@ def bench_train(
                 f"memory {fused['peak_loss_bytes'] / plain['peak_loss_bytes']:.3f}"
             )
     print(f"{FORMULA}\n{result['hardware']}, {result['threads']} threads")
+
+
+@app.command("stream")
+def bench_stream(
+    rounds: Annotated[int, typer.Option(min=1, help="Each takes every way once, in turns.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that a way moves in a round, 31.5 MB each.")] = 24,
+    tier: Annotated[list[str] | None, typer.Option(help="Only this tier: redis or shm. May be repeated.")] = None,
+    wire_dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype on the wire. May be repeated.")] = None,
+    shards: Annotated[list[int] | None, typer.Option(help="Only so many shards. May be repeated.")] = None,
+    disk: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Folder for the disk way; the current one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How fast features get from a target's memory into the trainer's tensors, beside what the machine can do."""
+    from services.errors import SlipstreamError
+    from trainer.bench.starvation import measure_starvation
+    from trainer.bench.stream import QWEN3_4B, choose_ways, measure_stream
+    from trainer.console import RunConsole
+
+    console = RunConsole(to_stderr=True)
+    try:
+        ways = choose_ways(tiers=tier, wire_dtypes=wire_dtype, shards=shards)
+        result = measure_stream(console.say, ways=ways, rounds=rounds, num_samples=samples, disk=disk or Path.cwd())
+        result["starvation"] = measure_starvation(console.say, QWEN3_4B)
+    except SlipstreamError as error:
+        fail(console, str(error), error.exit_code)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, key in YARDSTICKS.items():
+        print(f"{name:28} {result[key]:6.0f} MB/s")
+    for way in result["results"]:
+        cpu = ", ".join(f"{part} {cpu_s:.2f}" for part, cpu_s in way["cpu_s_per_gb"].items())
+        print(
+            f"{way['tier']:5} {way['wire_dtype']:8} {way['shards']} shards {way['end_to_end_mb_s']:6.0f} MB/s, "
+            f"{way['to_hop']:.2f} of the hop, {way['to_disk_way']:.2f} of the disk way; CPU s/GB: {cpu}"
+        )
+    print(f"trainer wait in the starvation test: {result['starvation']['wait_fraction']:.2%}")
+    print(f"{result['rounds']} rounds of {result['samples']} samples of {result['sample_mb']:.1f} MB")
+    print(result["hardware"])
