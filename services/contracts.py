@@ -352,6 +352,15 @@ class Event(Record):
     message: str
 
 
+class Autoscaling(Record):
+    """How a run scales its targets by itself."""
+
+    is_on: bool
+    """Otherwise it is suspended: somebody has scaled by hand, or switched it off."""
+    min: int
+    max: int
+
+
 TargetStateName = Literal["pending", "loading", "serving", "silent", "quarantined", "draining", "failed"]
 
 

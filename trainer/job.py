@@ -59,6 +59,7 @@ from trainer.parts import Beginning, Parts
 from trainer.preparation import Preparation, prepare
 from trainer.recipe import Recipe
 from trainer.run_redis import RunRedis, run_redis, table_prefix
+from trainer.scaling import TargetScaling
 from trainer.steering import Steering
 from trainer.summary import Summary
 from trainer.supervision import Restarts, persist
@@ -138,7 +139,8 @@ class Job:
         )
         self._board = StatusBoard(self._beginning())
         views: list[Sink] = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
-        self._journal = Journal([HistoryFile(output.telemetry), self._board, *views])
+        self._scaling = TargetScaling(self._recipe.target, self._pool, self._board, self._report)
+        self._journal = Journal([HistoryFile(output.telemetry), self._board, self._scaling, *views])
         self._steering = Steering(self._board, self, self._report)
         self._parts = Parts(prepared, output, self._where, credentials)
         self._generation = 0
@@ -183,6 +185,7 @@ class Job:
             self._progress,
             self._pool.states,
             self._started_s,
+            self._scaling.status,
         )
         self._observer.phase("starting target, replay shard, coordinator and trainer")
         self._shard = self._parts.shard()
@@ -222,6 +225,7 @@ class Job:
         for event in self._pool.events():
             self._observer.report(event)
         self._observer.look()
+        self._scaling.look(self._observer.tables)
         self._steering.look()
 
     def _progress(self) -> Progress:
@@ -329,9 +333,13 @@ class Job:
         if self._group.calls:
             self._console.say(f"the step did not end within {STOP_DEADLINE_S:g} s: the run is stopped without it")
 
-    def scale(self, targets: int) -> None:
+    def scale(self, targets: int) -> str:
         """Have this many targets; the ranks do not notice. Raises `UsageError` if that is out of bounds."""
-        self._pool.scale(targets)
+        return self._scaling.by_hand(targets)
+
+    def autoscale(self, is_on: bool) -> str:
+        """Let the run scale its targets by itself, or no more. Raises `UsageError` if its recipe gives no bounds."""
+        return self._scaling.autoscale(is_on)
 
     def pause(self) -> int:
         """Grant no further step; returns the last one that is granted. Full buffers make the targets idle."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report import Report
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TableInfo, TargetState
 from services.errors import ReplayUnavailableError, TableLostError
 from services.prompts.coordinator import Progress
 from services.replay.table import RedisTable
@@ -39,6 +39,10 @@ class Observer:
         progress: The coordinator's figures of now.
         targets: What each target does now.
         started_s: Wall-clock time at which the user's command began.
+        autoscaling: Whether the run scales its targets by itself.
+
+    Attributes:
+        tables: What the tables last said of themselves.
     """
 
     def __init__(
@@ -50,8 +54,11 @@ class Observer:
         progress: Callable[[], Progress],
         targets: Callable[[], Sequence[TargetState]],
         started_s: float,
+        autoscaling: Callable[[], Autoscaling | None] = lambda: None,
     ) -> None:
         info = table.info()
+        self.tables: tuple[TableInfo, ...] = (info,)
+        self._autoscaling = autoscaling
         self.state = RunState(capacity_bytes=info.capacity_bytes)
         self.events: list[Event] = []
         self.first_step_s: float | None = None
@@ -167,6 +174,7 @@ class Observer:
 
     def _read_figures(self, now_s: float) -> None:
         progress, info = self.progress(), self._table.info()
+        self.tables = (info,)
         self.state.capture_tokens_per_s = self._capture_rate.add(now_s, progress.tokens_captured)
         self.state.train_tokens_per_s = self._train_rate.add(now_s, progress.tokens_trained)
         self.state.resident_bytes = info.resident_bytes
@@ -185,4 +193,5 @@ class Observer:
             peak_bytes=self.peak_bytes,
             capacity_bytes=state.capacity_bytes,
             targets=[target.model_dump(mode="json") for target in self._targets()],
+            autoscaling=own.model_dump() if (own := self._autoscaling()) else None,
         )

@@ -149,10 +149,18 @@ def _figures(status: RunStatus) -> RenderableType:
 
 def _targets(status: RunStatus) -> RenderableType:
     grid = _grid()
-    grid.add_row("targets", _serving(status), Text(f"at most {status.num_targets_most}", "dim"))
+    grid.add_row("targets", _serving(status), Text(_bounds(status), "dim"))
     for target in status.targets:
         grid.add_row(f"  {target.index}", Text(target.state, TARGET_STYLES[target.state]), _target_note(target))
     return grid
+
+
+def _bounds(status: RunStatus) -> str:
+    own = status.autoscaling
+    if own is None:
+        return f"at most {status.num_targets_most}"
+    between = f"between {own.min} and {own.max}"
+    return f"autoscaled {between}" if own.is_on else f"autoscaling {between} is suspended"
 
 
 def _target_note(target: TargetState) -> Text:

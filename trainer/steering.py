@@ -23,6 +23,7 @@ from services.control.desk import Desk
 from services.control.records import (
     NAMESPACE,
     Action,
+    AutoscaleAction,
     ContinueAction,
     PauseAction,
     Reply,
@@ -54,8 +55,12 @@ POLL_S = 0.5
 class Steered(Protocol):
     """What a job lets others do with it."""
 
-    def scale(self, targets: int) -> None:
-        """Have this many targets; raises `UsageError` if that is out of bounds."""
+    def scale(self, targets: int) -> str:
+        """Have this many targets; returns what else that means. Raises `UsageError` if that is out of bounds."""
+        ...
+
+    def autoscale(self, is_on: bool) -> str:
+        """Scale targets by itself, or no more; returns what that means. Raises `UsageError` if the run cannot."""
         ...
 
     def pause(self) -> int:
@@ -181,9 +186,11 @@ class Steering:
         match action:
             case ScaleAction(targets=targets):
                 before = self._board.status.num_targets_wanted
-                self._job.scale(targets)
+                note = self._job.scale(targets)
                 self._board.set(num_targets_wanted=targets)
-                return f"targets scaled from {before} to {targets}"
+                return f"targets scaled from {before} to {targets}" + (f"; {note}" if note else "")
+            case AutoscaleAction(is_on=is_on):
+                return self._job.autoscale(is_on)
             case PauseAction():
                 return self._pause()
             case ContinueAction():

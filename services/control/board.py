@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TargetState
 from services.control.records import EvaluationPoint, RunStatus
 from services.running_means import RunningMeans
 
@@ -42,7 +42,9 @@ class StatusBoard:
                 self._take_step(record)
             case "figures":
                 targets = tuple(TargetState.model_validate(target) for target in record["targets"])
-                self.set(targets=targets, **{name: record[name] for name in _FIGURES})
+                own = record["autoscaling"]
+                autoscaling = Autoscaling.model_validate(own) if own else None
+                self.set(targets=targets, autoscaling=autoscaling, **{name: record[name] for name in _FIGURES})
             case "event":
                 event = Event(time_s=record["time_s"], kind=record["event"], message=record["message"])
                 self.set(events=(*self.status.events, event)[-MOST_EVENTS:])

@@ -14,6 +14,7 @@ from services.control.records import (
     ACTOR_PREFIX,
     NAMESPACE,
     Action,
+    AutoscaleAction,
     ContinueAction,
     PauseAction,
     Reply,
@@ -186,6 +187,10 @@ class RunControl:
         if not 0 <= targets < 2**32:  # what the message can hold; the run knows its own bounds
             raise UsageError(f"targets={targets} is no number of targets; `slipstream status` shows the run's bound")
         return self._order(ScaleAction(targets=targets), request_id)
+
+    def autoscale(self, is_on: bool, *, request_id: str | None = None) -> Reply:
+        """Let the run scale its targets by itself again, or no more; raises as `scale`."""
+        return self._order(AutoscaleAction(is_on=is_on), request_id)
 
     def pause(self, *, request_id: str | None = None) -> Reply:
         """Grant no further optimizer step; raises as `scale`."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from services.contracts import Event, Record, TargetState
+from services.contracts import Autoscaling, Event, Record, TargetState
 
 NAMESPACE = "slipstream"
 """Ray namespace of the desks of all runs."""
@@ -27,6 +27,12 @@ class ScaleAction(Record):
     targets: int
 
 
+class AutoscaleAction(Record):
+    """Let the run scale its targets by itself again, or no more."""
+
+    is_on: bool
+
+
 class PauseAction(Record):
     """Grant no further optimizer step."""
 
@@ -39,7 +45,7 @@ class StopAction(Record):
     """End the run in order, resumable."""
 
 
-Action = StatusAction | ScaleAction | PauseAction | ContinueAction | StopAction
+Action = StatusAction | ScaleAction | AutoscaleAction | PauseAction | ContinueAction | StopAction
 
 
 class Request(Record):
@@ -99,6 +105,8 @@ class RunStatus(Record):
     num_targets_wanted: int = 0
     num_targets_most: int = 0
     """Bound of `scale`."""
+    autoscaling: Autoscaling | None = None
+    """None if the recipe leaves the number of targets to people."""
     evaluations: tuple[EvaluationPoint, ...] = ()
     events: tuple[Event, ...] = ()
     """The newest ones, oldest first."""

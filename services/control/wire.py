@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TargetState
 from services.control.records import (
+    AutoscaleAction,
     ContinueAction,
     EvaluationPoint,
     PauseAction,
@@ -33,7 +34,9 @@ _PLAIN: Final[dict[str, type[StatusAction | PauseAction | ContinueAction | StopA
 """Actions that are only a name."""
 
 _SCALARS: Final = tuple(
-    name for name in RunStatus.model_fields if name not in ("metrics", "targets", "evaluations", "events")
+    name
+    for name in RunStatus.model_fields
+    if name not in ("metrics", "targets", "evaluations", "events", "autoscaling")
 )
 
 
@@ -43,6 +46,9 @@ def pack_request(request: Request) -> bytes:
     if isinstance(request.action, ScaleAction):
         message.scale.targets = request.action.targets
         message.scale.SetInParent()
+    elif isinstance(request.action, AutoscaleAction):
+        message.autoscale.on = request.action.is_on
+        message.autoscale.SetInParent()
     else:
         (field,) = (name for name, action in _PLAIN.items() if isinstance(request.action, action))
         getattr(message, field).SetInParent()
@@ -62,6 +68,8 @@ def unpack_request(data: bytes) -> Request:
         raise WireError("a control request needs a request_id and an action")
     if field == "scale":
         return Request(request_id=message.request_id, action=ScaleAction(targets=message.scale.targets))
+    if field == "autoscale":
+        return Request(request_id=message.request_id, action=AutoscaleAction(is_on=message.autoscale.on))
     return Request(request_id=message.request_id, action=_PLAIN[field]())
 
 
@@ -99,6 +107,7 @@ def pack_status_reply(request_id: str, status: RunStatus) -> bytes:
             for point in status.evaluations
         ],
         events=[wire.Event(**event.model_dump()) for event in status.events],
+        autoscaling=wire.Autoscaling(**status.autoscaling.model_dump()) if status.autoscaling else None,
         **{name: value for name in _SCALARS if (value := getattr(status, name)) is not None},
     )
     message = wire.Reply(wire_version=WIRE_VERSION, request_id=request_id, status=body)
@@ -134,6 +143,7 @@ def _status(body: wire.RunStatus) -> RunStatus:
     scalars: dict[str, Any] = {name: getattr(body, name) for name in _SCALARS}
     if not body.HasField("trainer_wait_fraction"):
         scalars["trainer_wait_fraction"] = None
+    own = body.autoscaling if body.HasField("autoscaling") else None
     return RunStatus(
         metrics=dict(body.metrics),
         targets=tuple(
@@ -156,6 +166,7 @@ def _status(body: wire.RunStatus) -> RunStatus:
             )
             for point in body.evaluations
         ),
+        autoscaling=Autoscaling(is_on=own.is_on, min=own.min, max=own.max) if own is not None else None,
         events=tuple(Event(time_s=event.time_s, kind=event.kind, message=event.message) for event in body.events),
         **scalars,
     )

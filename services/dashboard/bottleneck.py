@@ -32,6 +32,7 @@ class Load:
         num_serving: Targets that answer.
         num_targets: Targets there should be.
         missing: Why one of the others does not serve, if it says so.
+        autoscaling: Between how many targets the run scales them by itself; empty if it does not.
     """
 
     run: str
@@ -42,6 +43,7 @@ class Load:
     num_serving: int
     num_targets: int
     missing: str = ""
+    autoscaling: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ def find_bottleneck(load: Load) -> Verdict:
             f"{load.num_serving} of {load.num_targets} targets serve.",
             load.missing or "The other targets are loading or restarting.",
         )
+    if load.autoscaling:
+        return Verdict(
+            "capture",
+            f"{waits} and the buffer is {_nearly_empty(load.fill)}: capture is the bottleneck.",
+            f"The run asks for more targets by itself ({load.autoscaling}); its events say why it did, or did not.",
+        )
     wanted = max(load.num_targets + 1, min(2 * load.num_targets, round(load.num_targets / (1 - min(wait, 0.99)))))
     return Verdict(
         "capture",
@@ -99,6 +107,12 @@ def _train(load: Load, waits: str) -> Verdict:
     text = (
         f"{waits} and the buffer is {_percent(load.fill)} full: training is the bottleneck, the targets wait for room."
     )
+    if load.autoscaling:
+        return Verdict(
+            "train",
+            text,
+            f"To go faster give the trainer more ranks. The run ends spare targets by itself ({load.autoscaling}).",
+        )
     if load.num_targets > 1:
         return Verdict(
             "train",

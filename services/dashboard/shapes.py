@@ -61,6 +61,14 @@ class _Target(BaseModel):
     message: str
 
 
+class _Autoscaling(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    is_on: bool
+    min: Step
+    max: Step
+
+
 class _Figures(_Shape):
     resident_bytes: Amount
     capacity_bytes: Amount
@@ -71,6 +79,7 @@ class _Figures(_Shape):
     tokens_trained: Amount | None = None
     peak_bytes: Amount | None = None
     targets: list[_Target] = []
+    autoscaling: _Autoscaling | None = None
 
 
 class _Event(_Shape):

@@ -51,6 +51,7 @@ def run_status(history: History, now_s: float, *, name: str, silent_after_s: flo
         "tau_first": _tau(history, 0),
         "tau_last": _tau(history, -1),
         "targets": targets,
+        "autoscaling": figures.get("autoscaling"),
         "bottleneck": None,
     }
     for field in ("tokens_captured", "tokens_trained", "resident_bytes", "peak_bytes", "capacity_bytes"):
@@ -129,6 +130,7 @@ def _tau(history: History, index: int) -> dict[str, Any] | None:
 def _load(status: dict[str, Any], targets: list[dict[str, Any]]) -> Load:
     wanted = [target for target in targets if target["state"] != "draining"]
     missing = [target for target in wanted if target["state"] != "serving"]
+    own = status["autoscaling"]
     return Load(
         run=status["run_id"],
         wait_fraction=status["wait"],
@@ -141,4 +143,5 @@ def _load(status: dict[str, Any], targets: list[dict[str, Any]]) -> Load:
             f"target {target['index']} is {target['state']}" + (f": {target['message']}" if target["message"] else "")
             for target in missing
         ),
+        autoscaling=f"{own['min']} to {own['max']}" if own and own["is_on"] else "",
     )

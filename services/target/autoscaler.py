@@ -37,8 +37,11 @@ MOST_RETRY_COOLDOWNS = 24
 """How many down_cooldown_s pass before a number of targets that was too few is tried again, at first and at most."""
 
 MOST_FRUITLESS_DOUBLINGS = 5
-"""up_cooldown_s doubles with every request that brought no target, so often: one that fails to load is not asked for
-every minute."""
+"""up_cooldown_s doubles with every request that came to nothing, so often: targets that fail to load, or that do not
+help because something else is too slow, are not asked for every minute."""
+
+LEAST_GAIN = 0.5
+"""More targets have helped if the trainer computes for so much of the time that they could have saved it."""
 
 LOAD_PATIENCE_S = 1200.0
 """A target that is not up by then is counted out; the largest load within it."""
@@ -108,8 +111,8 @@ class Autoscaler:
         self._changed_s = -math.inf
         """When a number of targets was last asked for."""
         self._surplus_since_s: float | None = None
-        self._asked_while_serving: int | None = None
-        """Targets that served when more were last asked for; None once it is known whether any came."""
+        self._asked: tuple[int, float] | None = None
+        """Targets that served, and the trainer's wait, when more were asked for; None once known whether it helped."""
         self._num_fruitless = 0
         self._starting_since_s: float | None = None
         self._load_s = 0.0
@@ -133,10 +136,10 @@ class Autoscaler:
             return self._decide(seen, targets, f"autoscaling keeps them between {config.min} and {config.max}")
         if self._awaits_targets(seen):
             return None
-        self._note_arrivals(seen)
         waited = self._wait.judge(seen.time_s, self._since_s)
         if waited is None or not seen.num_serving:
             return None
+        self._note_gain(seen, waited)
         if waited.part >= config.wait_high and self._ready_fill <= config.fill_low:
             self._surplus_since_s = None
             return self._grow(seen, waited)
@@ -184,16 +187,18 @@ class Autoscaler:
             self._starting_since_s = seen.time_s
         return seen.time_s - self._starting_since_s < LOAD_PATIENCE_S
 
-    def _note_arrivals(self, seen: Observation) -> None:
-        """Whether what was asked for last has come: nothing starts any more."""
-        before, self._asked_while_serving = self._asked_while_serving, None
-        if before is None:
-            return
-        if seen.num_serving > before:
+    def _note_gain(self, seen: Observation, waited: Waited) -> None:
+        """Whether the targets that were asked for last have come, and help."""
+        if waited.part <= self._config.wait_low:
             self._num_fruitless = 0
-            self._load_s = max(self._load_s, seen.time_s - self._changed_s)
-        else:
-            self._num_fruitless = min(self._num_fruitless + 1, MOST_FRUITLESS_DOUBLINGS)
+        if self._asked is None:
+            return
+        (before, part), self._asked = self._asked, None
+        if seen.num_serving > before:
+            self._load_s = max(self._load_s, self._since_s - self._changed_s)
+        hoped = 1 + LEAST_GAIN * (seen.num_serving / before - 1)
+        has_helped = seen.num_serving > before and 1 - waited.part >= hoped * (1 - part)
+        self._num_fruitless = 0 if has_helped else min(self._num_fruitless + 1, MOST_FRUITLESS_DOUBLINGS)
 
     def _grow(self, seen: Observation, waited: Waited) -> Decision | None:
         config, serving = self._config, seen.num_serving
@@ -214,7 +219,7 @@ class Autoscaler:
                 limit = f"all {config.max} targets that target.autoscale.max allows are there"
                 return self._say("most", f"{why}, but {limit}")
         self._too_few.note(serving, seen.time_s)
-        self._asked_while_serving = serving
+        self._asked = serving, waited.part
         return self._decide(seen, max(targets, seen.num_wanted), why)
 
     def _shrink(self, seen: Observation, waited: Waited) -> Decision | None:

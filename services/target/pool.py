@@ -165,13 +165,17 @@ class TargetPool:
         with self._changed:
             return sum(not replica.is_draining for replica in self._replicas)
 
-    def scale(self, replicas: int) -> None:
+    def scale(self, replicas: int, reason: str = "") -> None:
         """Have another number of targets; returns at once.
 
         New ones load by themselves and are used as soon as they serve; one that the cluster cannot place is pending and
         comes up when the resource appears. Down, those that give nothing end first; one that serves is published no
         more and ends when its captures have finished, or after `DRAIN_DEADLINE_S`. A target that failed to load is
         replaced by a new one.
+
+        Args:
+            replicas: How many.
+            reason: Why, for the event that says so.
 
         Raises:
             UsageError: The number is below 1 or above `target.max_replicas`; nothing is changed.
@@ -193,7 +197,9 @@ class TargetPool:
             self._replicas = [replica for replica in self._replicas if replica not in killed]
             self._add(replicas - self._num_wanted)
             if replicas != before or num_failed:
-                self._record("scaling", f"targets scaled from {before} to {replicas}")
+                what = f"targets scaled from {before} to {replicas}"
+                replaced = f", {num_failed} failed ones ended" if num_failed else ""
+                self._record("scaling", f"{what}{replaced}" + (f": {reason}" if reason else ""))
             self._changed.notify_all()
         for replica in killed:
             ray.kill(replica.actor, no_restart=True)

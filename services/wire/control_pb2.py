@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bservices/wire/control.proto\x12\x15slipstream.control.v1\"\xb2\x02\n\x07Request\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x06status\x18\x03 \x01(\x0b\x32\x1d.slipstream.control.v1.StatusH\x00\x12-\n\x05scale\x18\x04 \x01(\x0b\x32\x1c.slipstream.control.v1.ScaleH\x00\x12-\n\x05pause\x18\x05 \x01(\x0b\x32\x1c.slipstream.control.v1.PauseH\x00\x12\x37\n\x0c\x63ontinue_run\x18\x06 \x01(\x0b\x32\x1f.slipstream.control.v1.ContinueH\x00\x12+\n\x04stop\x18\x07 \x01(\x0b\x32\x1b.slipstream.control.v1.StopH\x00\x42\x08\n\x06\x61\x63tion\"\x08\n\x06Status\"\x18\n\x05Scale\x12\x0f\n\x07targets\x18\x01 \x01(\r\"\x07\n\x05Pause\"\n\n\x08\x43ontinue\"\x06\n\x04Stop\"\xcf\x01\n\x05Reply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12+\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1b.slipstream.control.v1.DoneH\x00\x12\x31\n\x07refusal\x18\x04 \x01(\x0b\x32\x1e.slipstream.control.v1.RefusalH\x00\x12\x32\n\x06status\x18\x05 \x01(\x0b\x32 .slipstream.control.v1.RunStatusH\x00\x42\x08\n\x06result\"\x17\n\x04\x44one\x12\x0f\n\x07message\x18\x01 \x01(\t\"2\n\x07Refusal\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x16\n\x0eis_wrong_usage\x18\x02 \x01(\x08\"\xbd\x06\n\tRunStatus\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\noutput_dir\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x08 \x01(\x04\x12>\n\x07metrics\x18\t \x03(\x0b\x32-.slipstream.control.v1.RunStatus.MetricsEntry\x12\x15\n\rlearning_rate\x18\n \x01(\x01\x12\x17\n\x0ftokens_captured\x18\x0b \x01(\x04\x12\x16\n\x0etokens_trained\x18\x0c \x01(\x04\x12\x1c\n\x14\x63\x61pture_tokens_per_s\x18\r \x01(\x01\x12\x1a\n\x12train_tokens_per_s\x18\x0e \x01(\x01\x12\"\n\x15trainer_wait_fraction\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0eresident_bytes\x18\x10 \x01(\x04\x12\x12\n\npeak_bytes\x18\x11 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x12 \x01(\x04\x12\x33\n\x07targets\x18\x13 \x03(\x0b\x32\".slipstream.control.v1.TargetState\x12\x1a\n\x12num_targets_wanted\x18\x14 \x01(\r\x12\x18\n\x10num_targets_most\x18\x15 \x01(\r\x12\x36\n\x0b\x65valuations\x18\x16 \x03(\x0b\x32!.slipstream.control.v1.Evaluation\x12,\n\x06\x65vents\x18\x17 \x03(\x0b\x32\x1c.slipstream.control.v1.Event\x12\x11\n\tstarted_s\x18\x18 \x01(\x01\x12\x10\n\x08posted_s\x18\x19 \x01(\x01\x12\x0c\n\x04host\x18\x1a \x01(\t\x12\x0b\n\x03pid\x18\x1b \x01(\x04\x12\x14\n\x0ctarget_model\x18\x1c \x01(\t\x12\x11\n\talgorithm\x18\x1d \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x18\n\x16_trainer_wait_fraction\"M\n\x0bTargetState\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"o\n\nEvaluation\x12\r\n\x05label\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_length\x18\x03 \x01(\x01\x12\x14\n\x0cinterval_low\x18\x04 \x01(\x01\x12\x15\n\rinterval_high\x18\x05 \x01(\x01\"6\n\x05\x45vent\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2O\n\x07\x43ontrol\x12\x44\n\x04\x43\x61ll\x12\x1e.slipstream.control.v1.Request\x1a\x1c.slipstream.control.v1.Replyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bservices/wire/control.proto\x12\x15slipstream.control.v1\"\xe9\x02\n\x07Request\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12/\n\x06status\x18\x03 \x01(\x0b\x32\x1d.slipstream.control.v1.StatusH\x00\x12-\n\x05scale\x18\x04 \x01(\x0b\x32\x1c.slipstream.control.v1.ScaleH\x00\x12-\n\x05pause\x18\x05 \x01(\x0b\x32\x1c.slipstream.control.v1.PauseH\x00\x12\x37\n\x0c\x63ontinue_run\x18\x06 \x01(\x0b\x32\x1f.slipstream.control.v1.ContinueH\x00\x12+\n\x04stop\x18\x07 \x01(\x0b\x32\x1b.slipstream.control.v1.StopH\x00\x12\x35\n\tautoscale\x18\x08 \x01(\x0b\x32 .slipstream.control.v1.AutoscaleH\x00\x42\x08\n\x06\x61\x63tion\"\x08\n\x06Status\"\x18\n\x05Scale\x12\x0f\n\x07targets\x18\x01 \x01(\r\"\x17\n\tAutoscale\x12\n\n\x02on\x18\x01 \x01(\x08\"\x07\n\x05Pause\"\n\n\x08\x43ontinue\"\x06\n\x04Stop\"\xcf\x01\n\x05Reply\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12+\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1b.slipstream.control.v1.DoneH\x00\x12\x31\n\x07refusal\x18\x04 \x01(\x0b\x32\x1e.slipstream.control.v1.RefusalH\x00\x12\x32\n\x06status\x18\x05 \x01(\x0b\x32 .slipstream.control.v1.RunStatusH\x00\x42\x08\n\x06result\"\x17\n\x04\x44one\x12\x0f\n\x07message\x18\x01 \x01(\t\"2\n\x07Refusal\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x16\n\x0eis_wrong_usage\x18\x02 \x01(\x08\"\xf6\x06\n\tRunStatus\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\noutput_dir\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\r\n\x05state\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0c\n\x04step\x18\x07 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x08 \x01(\x04\x12>\n\x07metrics\x18\t \x03(\x0b\x32-.slipstream.control.v1.RunStatus.MetricsEntry\x12\x15\n\rlearning_rate\x18\n \x01(\x01\x12\x17\n\x0ftokens_captured\x18\x0b \x01(\x04\x12\x16\n\x0etokens_trained\x18\x0c \x01(\x04\x12\x1c\n\x14\x63\x61pture_tokens_per_s\x18\r \x01(\x01\x12\x1a\n\x12train_tokens_per_s\x18\x0e \x01(\x01\x12\"\n\x15trainer_wait_fraction\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0eresident_bytes\x18\x10 \x01(\x04\x12\x12\n\npeak_bytes\x18\x11 \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x12 \x01(\x04\x12\x33\n\x07targets\x18\x13 \x03(\x0b\x32\".slipstream.control.v1.TargetState\x12\x1a\n\x12num_targets_wanted\x18\x14 \x01(\r\x12\x18\n\x10num_targets_most\x18\x15 \x01(\r\x12\x36\n\x0b\x65valuations\x18\x16 \x03(\x0b\x32!.slipstream.control.v1.Evaluation\x12,\n\x06\x65vents\x18\x17 \x03(\x0b\x32\x1c.slipstream.control.v1.Event\x12\x11\n\tstarted_s\x18\x18 \x01(\x01\x12\x10\n\x08posted_s\x18\x19 \x01(\x01\x12\x0c\n\x04host\x18\x1a \x01(\t\x12\x0b\n\x03pid\x18\x1b \x01(\x04\x12\x14\n\x0ctarget_model\x18\x1c \x01(\t\x12\x11\n\talgorithm\x18\x1d \x01(\t\x12\x37\n\x0b\x61utoscaling\x18\x1e \x01(\x0b\x32\".slipstream.control.v1.Autoscaling\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x18\n\x16_trainer_wait_fraction\"6\n\x0b\x41utoscaling\x12\r\n\x05is_on\x18\x01 \x01(\x08\x12\x0b\n\x03min\x18\x02 \x01(\r\x12\x0b\n\x03max\x18\x03 \x01(\r\"M\n\x0bTargetState\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"o\n\nEvaluation\x12\r\n\x05label\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x17\n\x0f\x61\x63\x63\x65pted_length\x18\x03 \x01(\x01\x12\x14\n\x0cinterval_low\x18\x04 \x01(\x01\x12\x15\n\rinterval_high\x18\x05 \x01(\x01\"6\n\x05\x45vent\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t2O\n\x07\x43ontrol\x12\x44\n\x04\x43\x61ll\x12\x1e.slipstream.control.v1.Request\x1a\x1c.slipstream.control.v1.Replyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNSTATUS_METRICSENTRY']._loaded_options = None
   _globals['_RUNSTATUS_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_REQUEST']._serialized_start=55
-  _globals['_REQUEST']._serialized_end=361
-  _globals['_STATUS']._serialized_start=363
-  _globals['_STATUS']._serialized_end=371
-  _globals['_SCALE']._serialized_start=373
-  _globals['_SCALE']._serialized_end=397
-  _globals['_PAUSE']._serialized_start=399
-  _globals['_PAUSE']._serialized_end=406
-  _globals['_CONTINUE']._serialized_start=408
-  _globals['_CONTINUE']._serialized_end=418
-  _globals['_STOP']._serialized_start=420
-  _globals['_STOP']._serialized_end=426
-  _globals['_REPLY']._serialized_start=429
-  _globals['_REPLY']._serialized_end=636
-  _globals['_DONE']._serialized_start=638
-  _globals['_DONE']._serialized_end=661
-  _globals['_REFUSAL']._serialized_start=663
-  _globals['_REFUSAL']._serialized_end=713
-  _globals['_RUNSTATUS']._serialized_start=716
-  _globals['_RUNSTATUS']._serialized_end=1545
-  _globals['_RUNSTATUS_METRICSENTRY']._serialized_start=1473
-  _globals['_RUNSTATUS_METRICSENTRY']._serialized_end=1519
-  _globals['_TARGETSTATE']._serialized_start=1547
-  _globals['_TARGETSTATE']._serialized_end=1624
-  _globals['_EVALUATION']._serialized_start=1626
-  _globals['_EVALUATION']._serialized_end=1737
-  _globals['_EVENT']._serialized_start=1739
-  _globals['_EVENT']._serialized_end=1793
-  _globals['_CONTROL']._serialized_start=1795
-  _globals['_CONTROL']._serialized_end=1874
+  _globals['_REQUEST']._serialized_end=416
+  _globals['_STATUS']._serialized_start=418
+  _globals['_STATUS']._serialized_end=426
+  _globals['_SCALE']._serialized_start=428
+  _globals['_SCALE']._serialized_end=452
+  _globals['_AUTOSCALE']._serialized_start=454
+  _globals['_AUTOSCALE']._serialized_end=477
+  _globals['_PAUSE']._serialized_start=479
+  _globals['_PAUSE']._serialized_end=486
+  _globals['_CONTINUE']._serialized_start=488
+  _globals['_CONTINUE']._serialized_end=498
+  _globals['_STOP']._serialized_start=500
+  _globals['_STOP']._serialized_end=506
+  _globals['_REPLY']._serialized_start=509
+  _globals['_REPLY']._serialized_end=716
+  _globals['_DONE']._serialized_start=718
+  _globals['_DONE']._serialized_end=741
+  _globals['_REFUSAL']._serialized_start=743
+  _globals['_REFUSAL']._serialized_end=793
+  _globals['_RUNSTATUS']._serialized_start=796
+  _globals['_RUNSTATUS']._serialized_end=1682
+  _globals['_RUNSTATUS_METRICSENTRY']._serialized_start=1610
+  _globals['_RUNSTATUS_METRICSENTRY']._serialized_end=1656
+  _globals['_AUTOSCALING']._serialized_start=1684
+  _globals['_AUTOSCALING']._serialized_end=1738
+  _globals['_TARGETSTATE']._serialized_start=1740
+  _globals['_TARGETSTATE']._serialized_end=1817
+  _globals['_EVALUATION']._serialized_start=1819
+  _globals['_EVALUATION']._serialized_end=1930
+  _globals['_EVENT']._serialized_start=1932
+  _globals['_EVENT']._serialized_end=1986
+  _globals['_CONTROL']._serialized_start=1988
+  _globals['_CONTROL']._serialized_end=2067
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Request(_message.Message):
-    __slots__ = ("wire_version", "request_id", "status", "scale", "pause", "continue_run", "stop")
+    __slots__ = ("wire_version", "request_id", "status", "scale", "pause", "continue_run", "stop", "autoscale")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class Request(_message.Message):
     PAUSE_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_RUN_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALE_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     request_id: str
     status: Status
@@ -22,7 +23,8 @@ class Request(_message.Message):
     pause: Pause
     continue_run: Continue
     stop: Stop
-    def __init__(self, wire_version: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., pause: _Optional[_Union[Pause, _Mapping]] = ..., continue_run: _Optional[_Union[Continue, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ...) -> None: ...
+    autoscale: Autoscale
+    def __init__(self, wire_version: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., scale: _Optional[_Union[Scale, _Mapping]] = ..., pause: _Optional[_Union[Pause, _Mapping]] = ..., continue_run: _Optional[_Union[Continue, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., autoscale: _Optional[_Union[Autoscale, _Mapping]] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ()
@@ -33,6 +35,12 @@ class Scale(_message.Message):
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     targets: int
     def __init__(self, targets: _Optional[int] = ...) -> None: ...
+
+class Autoscale(_message.Message):
+    __slots__ = ("on",)
+    ON_FIELD_NUMBER: _ClassVar[int]
+    on: bool
+    def __init__(self, on: _Optional[bool] = ...) -> None: ...
 
 class Pause(_message.Message):
     __slots__ = ()
@@ -75,7 +83,7 @@ class Refusal(_message.Message):
     def __init__(self, message: _Optional[str] = ..., is_wrong_usage: _Optional[bool] = ...) -> None: ...
 
 class RunStatus(_message.Message):
-    __slots__ = ("run_id", "name", "output_dir", "attempt", "state", "phase", "step", "total_steps", "metrics", "learning_rate", "tokens_captured", "tokens_trained", "capture_tokens_per_s", "train_tokens_per_s", "trainer_wait_fraction", "resident_bytes", "peak_bytes", "capacity_bytes", "targets", "num_targets_wanted", "num_targets_most", "evaluations", "events", "started_s", "posted_s", "host", "pid", "target_model", "algorithm")
+    __slots__ = ("run_id", "name", "output_dir", "attempt", "state", "phase", "step", "total_steps", "metrics", "learning_rate", "tokens_captured", "tokens_trained", "capture_tokens_per_s", "train_tokens_per_s", "trainer_wait_fraction", "resident_bytes", "peak_bytes", "capacity_bytes", "targets", "num_targets_wanted", "num_targets_most", "evaluations", "events", "started_s", "posted_s", "host", "pid", "target_model", "algorithm", "autoscaling")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +120,7 @@ class RunStatus(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODEL_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    AUTOSCALING_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     name: str
     output_dir: str
@@ -141,7 +150,18 @@ class RunStatus(_message.Message):
     pid: int
     target_model: str
     algorithm: str
-    def __init__(self, run_id: _Optional[str] = ..., name: _Optional[str] = ..., output_dir: _Optional[str] = ..., attempt: _Optional[int] = ..., state: _Optional[str] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., learning_rate: _Optional[float] = ..., tokens_captured: _Optional[int] = ..., tokens_trained: _Optional[int] = ..., capture_tokens_per_s: _Optional[float] = ..., train_tokens_per_s: _Optional[float] = ..., trainer_wait_fraction: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[TargetState, _Mapping]]] = ..., num_targets_wanted: _Optional[int] = ..., num_targets_most: _Optional[int] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., started_s: _Optional[float] = ..., posted_s: _Optional[float] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., target_model: _Optional[str] = ..., algorithm: _Optional[str] = ...) -> None: ...
+    autoscaling: Autoscaling
+    def __init__(self, run_id: _Optional[str] = ..., name: _Optional[str] = ..., output_dir: _Optional[str] = ..., attempt: _Optional[int] = ..., state: _Optional[str] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., total_steps: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., learning_rate: _Optional[float] = ..., tokens_captured: _Optional[int] = ..., tokens_trained: _Optional[int] = ..., capture_tokens_per_s: _Optional[float] = ..., train_tokens_per_s: _Optional[float] = ..., trainer_wait_fraction: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[TargetState, _Mapping]]] = ..., num_targets_wanted: _Optional[int] = ..., num_targets_most: _Optional[int] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., started_s: _Optional[float] = ..., posted_s: _Optional[float] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., target_model: _Optional[str] = ..., algorithm: _Optional[str] = ..., autoscaling: _Optional[_Union[Autoscaling, _Mapping]] = ...) -> None: ...
+
+class Autoscaling(_message.Message):
+    __slots__ = ("is_on", "min", "max")
+    IS_ON_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    is_on: bool
+    min: int
+    max: int
+    def __init__(self, is_on: _Optional[bool] = ..., min: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
 
 class TargetState(_message.Message):
     __slots__ = ("index", "state", "address", "message")

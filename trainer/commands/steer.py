@@ -67,21 +67,32 @@ def status(
 
 def scale(
     run: RunArgument,
-    settings: Annotated[list[str], typer.Argument(metavar="targets=N", help="How many target servers to have.")],
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="targets=N|autoscale=on|off", help="How many target servers to have, or who decides that."
+        ),
+    ],
     request_id: RequestIdOption = None,
     address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Have another number of targets; the trainer does not notice.
 
-    New ones load and are used as they come up. Fewer: those too many finish their captures and end.
+    New ones load and are used as they come up. Fewer: those too many finish their captures and end. A run whose recipe
+    has target.autoscale keeps the number you give until autoscale=on.
 
     Example: slipstream scale demo targets=3
     """
     with _errors():
-        targets = parse_targets(settings)
+        is_on = parse_autoscale(settings)
+        targets = parse_targets(settings) if is_on is None else 0
         control = _attach(run, address)
-        _show(control, control.scale(targets, request_id=request_id), as_json=as_json)
+        if is_on is None:
+            reply = control.scale(targets, request_id=request_id)
+        else:
+            reply = control.autoscale(is_on, request_id=request_id)
+        _show(control, reply, as_json=as_json)
 
 
 def pause(
@@ -138,7 +149,15 @@ def parse_targets(settings: Sequence[str]) -> int:
         name, _, number = settings[0].partition("=")
         if name == "targets" and number.isascii() and number.removeprefix("-").isdigit():
             return int(number)
-    raise UsageError(f"{' '.join(settings)!r} must be targets=N, for example targets=3: only targets can be scaled")
+    raise UsageError(
+        f"{' '.join(settings)!r} must be targets=N, for example targets=3, or "
+        "autoscale=on or off: only targets can be scaled"
+    )
+
+
+def parse_autoscale(settings: Sequence[str]) -> bool | None:
+    """Whether `autoscale=on` or `autoscale=off` is asked for; None if it is something else."""
+    return {"autoscale=on": True, "autoscale=off": False}.get(" ".join(settings))
 
 
 def _attach(run: str, address: str | None) -> RunControl:

@@ -187,7 +187,9 @@ function showFlow(status) {
   text("f-capture", orDash(status.capture_tokens_per_s, rate));
   const serving = status.targets.filter((target) => target.state === "serving").length;
   const others = status.targets.length - serving;
-  text("f-targets", status.targets.length ? `${serving} ${serving === 1 ? "target serves" : "targets serve"}${others ? `, ${others} not` : ""}` : "");
+  const own = status.autoscaling;
+  const autoscaled = own ? (own.is_on ? `, autoscaled ${own.min} to ${own.max}` : ", autoscaling suspended") : "";
+  text("f-targets", status.targets.length ? `${serving} ${serving === 1 ? "target serves" : "targets serve"}${others ? `, ${others} not` : ""}${autoscaled}` : "");
   const fill = status.capacity_bytes ? status.resident_bytes / status.capacity_bytes : null;
   text("f-fill", orDash(fill, percent));
   text("f-bytes", fill === null ? "" : `of ${bytes(status.capacity_bytes)}`);

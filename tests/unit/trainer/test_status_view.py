@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TargetState
 from services.control.records import EvaluationPoint, RunStatus
 from trainer.status_view import format_age, run_view, runs_view
 
@@ -56,6 +56,19 @@ def test_run_view_shows_what_matters() -> None:
     ):  # fmt: skip
         assert what in words, f"{what!r} is missing in\n{shown}"
     assert "hangs" not in shown
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "says"),
+    [
+        (None, "at most 64"),
+        (Autoscaling(is_on=True, min=1, max=4), "autoscaled between 1 and 4"),
+        (Autoscaling(is_on=False, min=1, max=4), "autoscaling between 1 and 4 is suspended"),
+    ],
+)
+def test_run_view_says_who_scales_the_targets(autoscaling: Autoscaling | None, says: str) -> None:
+    status = STATUS.model_copy(update={"autoscaling": autoscaling, "num_targets_most": 64})
+    assert says in text(run_view(status, now_s=1000.0))
 
 
 def test_run_view_says_that_a_driver_is_silent() -> None:

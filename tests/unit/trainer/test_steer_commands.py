@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from services.errors import UsageError
 from trainer.cli import app
-from trainer.commands.steer import parse_targets
+from trainer.commands.steer import parse_autoscale, parse_targets
 
 
 @pytest.mark.parametrize(("setting", "targets"), [("targets=3", 3), ("targets=0", 0), ("targets=-1", -1)])
@@ -20,6 +20,20 @@ def test_parse_targets_reads_a_number(setting: str, targets: int) -> None:
 def test_parse_targets_refuses_anything_else(settings: list[str]) -> None:
     with pytest.raises(UsageError, match=r"must be targets=N"):
         parse_targets(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_on"),
+    [
+        (["autoscale=on"], True),
+        (["autoscale=off"], False),
+        (["autoscale=1"], None),
+        (["targets=2"], None),
+        (["autoscale=on", "targets=2"], None),
+    ],
+)
+def test_parse_autoscale_reads_on_or_off(settings: list[str], is_on: bool | None) -> None:
+    assert parse_autoscale(settings) is is_on
 
 
 @pytest.mark.parametrize("command", ["status", "scale", "pause", "continue", "stop"])

@@ -8,6 +8,7 @@ from services.contracts import Event
 from services.control.board import StatusBoard
 from services.control.records import (
     Action,
+    AutoscaleAction,
     ContinueAction,
     PauseAction,
     Reply,
@@ -28,11 +29,17 @@ class Job:
 
     def __init__(self) -> None:
         self.told: list[str] = []
+        self.note = ""
 
-    def scale(self, targets: int) -> None:
+    def scale(self, targets: int) -> str:
         if targets > 4:
             raise UsageError(f"targets={targets} is too many")
         self.told.append(f"scale {targets}")
+        return self.note
+
+    def autoscale(self, is_on: bool) -> str:
+        self.told.append(f"autoscale {is_on}")
+        return "so it is"
 
     def pause(self) -> int:
         self.told.append("pause")
@@ -67,6 +74,19 @@ def test_scale_is_carried_out_and_shown() -> None:
     assert run.ask(ScaleAction(targets=3), "a").message == "targets scaled from 1 to 3"
     assert run.job.told == ["scale 3"]
     assert run.board.status.num_targets_wanted == 3
+
+
+def test_scale_says_what_else_it_means() -> None:
+    run = Run("training")
+    run.job.note = "autoscaling is suspended"
+    assert run.ask(ScaleAction(targets=3)).message == "targets scaled from 1 to 3; autoscaling is suspended"
+
+
+def test_autoscaling_is_switched() -> None:
+    run = Run("training")
+    assert run.ask(AutoscaleAction(is_on=True)).message == "so it is"
+    assert run.ask(AutoscaleAction(is_on=False)).is_done
+    assert run.job.told == ["autoscale True", "autoscale False"]
 
 
 def test_request_that_a_new_desk_hands_on_again_is_answered_and_not_carried_out() -> None:

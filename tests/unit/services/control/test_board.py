@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from test_control_wire import BARE
 
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TargetState
 from services.control.board import MOST_EVENTS, StatusBoard
 from services.control.records import EvaluationPoint
 
@@ -36,7 +36,7 @@ def test_figures_events_and_evaluations_are_taken_over() -> None:
         {
             "kind": "figures", "time_s": 1.0, "phase": "training", "step": 0, "tokens_captured": 5, "tokens_trained": 3,
             "capture_tokens_per_s": 2.5, "resident_bytes": 10, "peak_bytes": 20, "capacity_bytes": 30,
-            "targets": [target.model_dump(mode="json")],
+            "targets": [target.model_dump(mode="json")], "autoscaling": {"is_on": True, "min": 1, "max": 4},
         }
     )  # fmt: skip
     board.take({"kind": "event", "time_s": 2.0, "event": "scaling", "message": "targets scaled from 1 to 2"})
@@ -50,6 +50,7 @@ def test_figures_events_and_evaluations_are_taken_over() -> None:
     assert (status.phase, status.tokens_captured, status.tokens_trained) == ("training", 5, 3)
     assert (status.resident_bytes, status.peak_bytes, status.capacity_bytes) == (10, 20, 30)
     assert status.targets == (target,)
+    assert status.autoscaling == Autoscaling(is_on=True, min=1, max=4)
     assert status.events == (Event(time_s=2.0, kind="scaling", message="targets scaled from 1 to 2"),)
     assert status.evaluations == (
         EvaluationPoint(label="step_0", step=0, accepted_length=1.5, interval=(1.25, 1.75)),

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.contracts import Event, TargetState
+from services.contracts import Autoscaling, Event, TargetState
 from services.control.records import (
     Action,
+    AutoscaleAction,
     ContinueAction,
     EvaluationPoint,
     PauseAction,
@@ -53,6 +54,7 @@ FULL = BARE.model_copy(
         ),
         "num_targets_wanted": 2,
         "num_targets_most": 64,
+        "autoscaling": Autoscaling(is_on=False, min=1, max=4),
         "evaluations": (EvaluationPoint(label="step_0", step=0, accepted_length=1.25, interval=(1.0, 1.5)),),
         "events": (Event(time_s=10.75, kind="scaling", message="targets scaled from 1 to 2"),),
     }
@@ -61,7 +63,16 @@ FULL = BARE.model_copy(
 
 @pytest.mark.parametrize(
     "action",
-    [StatusAction(), ScaleAction(targets=3), ScaleAction(targets=0), PauseAction(), ContinueAction(), StopAction()],
+    [
+        StatusAction(),
+        ScaleAction(targets=3),
+        ScaleAction(targets=0),
+        AutoscaleAction(is_on=True),
+        AutoscaleAction(is_on=False),
+        PauseAction(),
+        ContinueAction(),
+        StopAction(),
+    ],
 )
 def test_request_comes_back_as_it_was(action: Action) -> None:
     request = Request(request_id="r1", action=action)

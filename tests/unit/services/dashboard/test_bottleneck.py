@@ -38,6 +38,13 @@ def test_advice_is_enough_targets_to_end_the_wait(num_targets: int, wait: float,
     assert find_bottleneck(load).command == f"slipstream scale qwen-1 targets={wanted}"
 
 
+@pytest.mark.parametrize(("wait", "fill"), [(0.35, 0.04), (0.0, 0.97)])
+def test_run_that_scales_itself_gets_no_advice_to_scale(wait: float, fill: float) -> None:
+    verdict = find_bottleneck(replace(LOAD, wait_fraction=wait, fill=fill, autoscaling="1 to 4"))
+    assert verdict.command == ""
+    assert "by itself (1 to 4)" in verdict.advice
+
+
 def test_waiting_beside_a_filled_buffer_is_the_stream() -> None:
     verdict = find_bottleneck(replace(LOAD, fill=0.6))
     assert verdict.who == "stream"

@@ -95,6 +95,11 @@ def test_failed_targets_are_replaced_and_those_that_never_load_ever_more_rarely(
     assert len(run.scalings(HOUR_S)) < 2 * 8
 
 
+def test_targets_that_do_not_help_are_asked_for_ever_more_rarely() -> None:
+    run = simulate(2, trainer_rate=lambda now_s: 150.0, target_rate=30.0, replicas=4, capacity=40.0, noise=0.6)
+    assert len(run.scalings(0.5 * HOUR_S)) <= 5, "a buffer for a quarter of a second is what makes it wait"
+
+
 def test_bounds_hold_and_the_upper_one_is_named_once() -> None:
     run = simulate(4, AutoscaleConfig(min=2, max=4), trainer_rate=lambda now_s: 200.0, replicas=2)
     assert run.scalings() == [4]
@@ -150,19 +155,19 @@ def test_run_that_is_about_to_end_gets_no_more_targets() -> None:
     target_rate=st.floats(3.0, 30.0),
     replicas=st.integers(1, 8),
     load_s=st.floats(0.0, 600.0),
-    capacity=st.floats(100.0, 2000.0),
+    capacity_s=st.floats(4.0, 60.0),
     step_s=st.floats(0.5, 120.0),
     noise=st.floats(0.0, 0.5),
     low=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 def test_any_load_is_met_within_bounds_without_flapping(
-    rate: float, target_rate: float, replicas: int, load_s: float, capacity: float, step_s: float, noise: float,
+    rate: float, target_rate: float, replicas: int, load_s: float, capacity_s: float, step_s: float, noise: float,
     low: int, seed: int,
 ) -> None:  # fmt: skip
     config = AutoscaleConfig(min=low, max=12)
     run = SimulatedRun(
-        config, lambda now_s: rate, target_rate, replicas=max(low, replicas), load_s=load_s, capacity=capacity,
+        config, lambda now_s: rate, target_rate, replicas=max(low, replicas), load_s=load_s, capacity=capacity_s * rate,
         step_samples=max(1, round(rate * step_s)), noise=noise, seed=seed,
     )  # fmt: skip
     run.run(3 * HOUR_S)
