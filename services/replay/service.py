@@ -229,6 +229,8 @@ class _Service:
         self._housekeeper.join()
         with contextlib.suppress(ReplayError):  # Redis is away: the next service does it
             self._intake.keep_house()
+        for table in (self._table, self._intake.table):
+            table.close()
 
     def info(self, message: bytes) -> wire.InfoResponse:
         return wire.InfoResponse(

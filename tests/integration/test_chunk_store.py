@@ -347,6 +347,9 @@ def test_redis_at_its_maxmemory_says_what_to_raise(table: RedisTable, client: Cl
     try:
         with pytest.raises(ReplayError, match=r"at its maxmemory .* Raise maxmemory"):
             write(table, job)
+        client.config_set("maxmemory", 1000)
+        with pytest.raises(ReplayError, match=r"at its maxmemory .* Raise maxmemory"):
+            table.admit(make_job(1), SIGNATURE.reserved_bytes(job), 0.0)
     finally:
         client.config_set("maxmemory", limit)
     again = make_job(0, attempt=1)

@@ -157,9 +157,11 @@ def serve(
         signature = _signature(
             _layers(layers), config, signature_from, target_token_file, target_cert, fingerprint, hidden_size
         )
+        from services.memory import keep_freed_memory
         from services.replay.service import serve as start
         from services.replay.service_config import ServiceConfig
 
+        keep_freed_memory()
         prefix = _prefix(name)
         limits = ServiceConfig(max_inserts=max_inserts, max_leases=max_leases, chunks_url=advertise_redis)
         with _redis(config, prefix) as place:
