@@ -9,13 +9,14 @@ for _, name in ipairs(redis.call('KEYS', ARGV[1])) do
   local sample, chunk, uses = after(name, 'sample'), after(name, 'chunk'), after(name, 'uses')
   if sample then
     reply.samples[#reply.samples + 1] = { sample, redis.call('HMGET', name, 'state', 'attempt', 'bytes', 'chunks',
-      'stored', 'num_uses', 'unacked', 'promise') }
+      'stored', 'num_uses', 'unacked', 'promise'), extents_of(sample) }
   elseif chunk then
     reply.chunks[#reply.chunks + 1] = { chunk, redis.call('STRLEN', name) }
   elseif uses then
     reply.uses[#reply.uses + 1] = { uses, redis.call('ZRANGE', name, 0, -1) }
   end
 end
+reply.freed = redis.call('LRANGE', key('freed'), 0, -1)
 reply.inserting = redis.call('SMEMBERS', key('inserting'))
 reply.ready = redis.call('ZRANGE', key('ready'), 0, -1)
 reply.weights = redis.call('ZRANGE', key('weights'), 0, -1)

@@ -1,7 +1,8 @@
 """Holds a table's counters against its keys: what leaked, what is counted twice, what is over the capacity.
 
     resident   = bytes of samples, committed and in flight ≤ capacity
-    chunk keys = those that the samples name, with their bytes
+    chunks     = those that the samples name, with their bytes, as keys or as extents of the arena
+    extents    of samples, and those freed since the arena's writer last looked: no byte in two of them
     taken      = uses that are leased or acked, unacked = uses that are ready or leased
     in flight  ⇒ its job is in the work queue, so that a shard that died costs none
 
@@ -14,10 +15,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import redis
 
+from services.replay.extents import Extents, unpack_sample
 from services.replay.keys import key_pattern
 from services.replay.scripts import Scripts
 
@@ -49,6 +52,10 @@ class Snapshot:
     samples: dict[int, SampleKeys] = field(default_factory=dict)
     chunks: dict[tuple[int, int, int], int] = field(default_factory=dict)
     """(capture, attempt, index) → bytes."""
+    extents: dict[int, Extents] = field(default_factory=dict)
+    """Capture → where its chunks lie in the arena, if they do."""
+    freed: Extents = ()
+    """Extents that the arena's writer may give away again."""
     uses: dict[int, set[int]] = field(default_factory=dict)
     inserting: set[int] = field(default_factory=set)
     ready: set[int] = field(default_factory=set)
@@ -82,10 +89,18 @@ def read_snapshot(client: redis.Redis, prefix: str) -> Snapshot:
     _, (text,) = Scripts(client, prefix).run("audit", key_pattern(prefix))
     found: dict[str, Any] = json.loads(text)
     leases = _pairs(found["leases"])
+    samples = {int(capture): _sample(fields) for capture, fields, _ in found["samples"]}
+    in_arena = {int(capture): unpack_sample(text) for capture, _, text in found["samples"] if text}
+    chunks = {_chunk(name): num_bytes for name, num_bytes in found["chunks"]}
+    for capture, places in in_arena.items():
+        for index, extents in enumerate(places):
+            chunks[capture, samples[capture].attempt, index] = sum(extent.num_bytes for extent in extents)
     return Snapshot(
         counters=_pairs(found["table"]),
-        samples={int(capture): _sample(fields) for capture, fields in found["samples"]},
-        chunks={_chunk(name): num_bytes for name, num_bytes in found["chunks"]},
+        samples=samples,
+        chunks=chunks,
+        extents={capture: tuple(chain(*places)) for capture, places in in_arena.items()},
+        freed=tuple(chain(*(extents for text in found["freed"] for extents in unpack_sample(text)))),
         uses={int(capture): _numbers(ks) for capture, ks in found["uses"]},
         inserting=_numbers(found["inserting"]),
         ready=_numbers(found["ready"]),
@@ -104,6 +119,7 @@ def find_problems(snapshot: Snapshot) -> list[str]:
         *_wrong_counters(snapshot),
         *_wrong_samples(snapshot),
         *_wrong_chunks(snapshot),
+        *_wrong_extents(snapshot),
         *_wrong_leases(snapshot),
         *_wrong_jobs(snapshot),
     ]
@@ -166,6 +182,15 @@ def _wrong_chunks(snapshot: Snapshot) -> Iterable[str]:
                 f"capture {capture} in flight has {num_bytes} bytes in chunks, made room for {sample.stored_bytes} and "
                 f"reserved {sample.num_bytes}"
             )
+
+
+def _wrong_extents(snapshot: Snapshot) -> Iterable[str]:
+    owned = [(extent, f"capture {capture}") for capture, extents in snapshot.extents.items() for extent in extents]
+    owned += [(extent, "what was freed") for extent in snapshot.freed]
+    owned.sort()
+    for (first, owner), (second, other) in pairwise(owned):
+        if second.start < first.end:
+            yield f"bytes {second.start} to {min(first.end, second.end)} of the arena belong to {owner} and to {other}"
 
 
 def _wrong_leases(snapshot: Snapshot) -> Iterable[str]:

@@ -17,9 +17,11 @@ end
 if tonumber(fields[4]) ~= num_chunks then
   return { 'CHUNKS', fields[4] }
 end
+local extents = extents_of(capture)
 local arrived = 0
 for index = 0, num_chunks - 1 do
-  local size = redis.call('STRLEN', chunk_key(capture, fields[2], index))
+  local size = tonumber(extents ~= '' and redis.call('HGET', sample_key(capture), 'size:' .. index)
+    or redis.call('STRLEN', chunk_key(capture, fields[2], index)))
   if size ~= tonumber(ARGV[8 + index]) then
     return { 'SIZE', index, size, ARGV[8 + index] }
   end
@@ -44,6 +46,9 @@ redis.call('DEL', sample_key(capture))
 redis.call('HSET', sample_key(capture), 'state', 'resident', 'attempt', fields[2], 'bytes', ARGV[3], 'chunks',
   fields[4], 'record', ARGV[5], 'order', order, 'num_uses', num_uses, 'unacked', num_uses, 'promise', promise,
   'weight', 1, 'committed_s', ARGV[4])
+if extents ~= '' then
+  redis.call('HSET', sample_key(capture), 'extents', extents)
+end
 redis.call('SREM', key('inserting'), capture)
 enter_line(capture, order)
 count('inserts', 1)

@@ -28,8 +28,31 @@ local function table_is_lost()
   return redis.call('EXISTS', key('table')) == 0
 end
 
--- Removes the chunks of a sample. Their keys follow from the number of chunks, so no scan is needed.
+-- Where the chunks of a sample lie in the arena, each followed by ';'; empty if they are in Redis.
+local function extents_of(capture)
+  local fields = redis.call('HMGET', sample_key(capture), 'extents', 'chunks')
+  if fields[1] then
+    return fields[1]
+  end
+  local found = {}
+  for index = 0, tonumber(fields[2]) - 1 do
+    local extents = redis.call('HGET', sample_key(capture), 'at:' .. index)
+    if not extents then
+      return ''
+    end
+    found[#found + 1] = extents .. ';'
+  end
+  return table.concat(found)
+end
+
+-- Removes the chunks of a sample. Their keys follow from the number of chunks, so no scan is needed. Space in an arena
+-- is noted for its writer, which alone gives it away again.
 local function drop_chunks(capture)
+  local extents = extents_of(capture)
+  if extents ~= '' then
+    redis.call('RPUSH', key('freed'), extents)
+    return
+  end
   local fields = redis.call('HMGET', sample_key(capture), 'attempt', 'chunks')
   for index = 0, tonumber(fields[2]) - 1 do
     redis.call('UNLINK', chunk_key(capture, fields[1], index))

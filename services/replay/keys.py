@@ -3,9 +3,10 @@
 | key | type | holds |
 |---|---|---|
 | `P:table` | hash | signature, limits, resident and peak bytes, generation, counters |
-| `P:sample:<capture>` | hash | state (`inserting`, `resident`), attempt, bytes, number of chunks, the sample's record |
+| `P:sample:<capture>` | hash | state (`inserting`, `resident`), attempt, bytes, chunks, extents in the arena, record |
 | `P:uses:<capture>` | sorted set | the k that are neither leased nor acked |
 | `P:chunk:<capture>:<attempt>:<index>` | string | one payload |
+| `P:freed` | list | extents of the shared-memory arena whose samples have ended, for its writer |
 | `P:ready` | sorted set | captures with such a k, in the order that fifo leases them |
 | `P:weights` | sorted set | the same captures, by what prioritized weighs them |
 | `P:inserting` | set | captures in flight |

@@ -24,7 +24,7 @@ from services.replay.protocol import CaptureQueue, ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
 from services.replay.rules import Admission, Cleared, check_chunks, committed, resident_already, uses_of
 from services.replay.selectors import Choice, Ready, Selector, priorities
-from services.replay.store import ChunkWriter
+from services.replay.store import ChunkReader, ChunkWriter, OneByOne
 
 
 @dataclass
@@ -307,6 +307,11 @@ class MemoryTable(ReplayTable):
         if len(chunks[index]) != view.nbytes:
             raise refusals.other_payload_size(job, index, len(chunks[index]), view.nbytes)
         view[:] = chunks[index]
+
+    @override
+    @contextlib.contextmanager
+    def reading(self, job: CaptureJob) -> Iterator[ChunkReader]:
+        yield OneByOne(self, job)
 
     @override
     def close(self) -> None:

@@ -28,7 +28,7 @@ from services.replay.keys import chunk_key
 from services.replay.raw_connection import RawConnection, RawConnections
 from services.replay.resp import Argument, Reply, pack
 from services.replay.scripts import source
-from services.replay.store import ChunkStore, ChunkWriter
+from services.replay.store import ChunkReader, ChunkStore, ChunkWriter, OneByOne
 from services.replay.urls import safe_url
 
 MOST_UNANSWERED_BYTES = 16 * 1024**2
@@ -69,6 +69,11 @@ class RedisChunkStore(ChunkStore):
             raise refusals.missing_payload(job, index)
         if num_bytes != view.nbytes:
             raise refusals.other_payload_size(job, index, num_bytes, view.nbytes)
+
+    @override
+    @contextlib.contextmanager
+    def reading(self, job: CaptureJob) -> Iterator[ChunkReader]:
+        yield OneByOne(self, job)
 
     @override
     def close(self) -> None:

@@ -107,10 +107,11 @@ def other_chunk_size(job: CaptureJob, index: int, stored_bytes: int, sent_bytes:
     )
 
 
-def missing_payload(job: CaptureJob, index: int) -> UnknownSampleError:
-    """A chunk that is to be read and is not there."""
+def missing_payload(job: CaptureJob, index: int | None = None) -> UnknownSampleError:
+    """A chunk that is to be read and is not there; without an index: the whole sample."""
+    what = "the sample" if index is None else f"chunk {index}"
     return UnknownSampleError(
-        f"chunk {index} of capture {job.capture} is not in the replay buffer: the lease of its sample has ended. Raise "
+        f"{what} of capture {job.capture} is not in the replay buffer: the lease of its sample has ended. Raise "
         "replay.lease_s (lease_s of a Lease request) above the time that reading and training take."
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, override
 
 from services.contracts import CaptureJob
 
@@ -45,6 +45,14 @@ class ChunkWriter(Protocol):
         ...
 
 
+class ChunkReader(Protocol):
+    """Reads the chunks of one sample; from `ChunkStore.reading`. One thread uses it."""
+
+    def read_into(self, index: int, place: Buffer) -> None:
+        """Read one chunk to where it belongs, as `ChunkStore.read_into`; it counts once the context has ended well."""
+        ...
+
+
 class ChunkStore(Protocol):
     """Payloads of the samples of one table. Threads may share it."""
 
@@ -73,6 +81,33 @@ class ChunkStore(Protocol):
         """
         ...
 
+    def reading(self, job: CaptureJob) -> AbstractContextManager[ChunkReader]:
+        """Read several chunks of an attempt, at less cost than one by one.
+
+        What was read is good if leaving the context raises nothing: only then is it sure that the sample was not freed
+        in the meantime.
+
+        Args:
+            job: The capture, with the attempt that was committed.
+
+        Raises:
+            UnknownSampleError: The sample is not, or no longer, stored; also when the context is left.
+            ReplayUnavailableError: The store does not answer; likewise.
+        """
+        ...
+
     def close(self) -> None:
         """Close the connections. Again: nothing happens."""
         ...
+
+
+class OneByOne(ChunkReader):
+    """The reader of a store for which several chunks cost as much as each of them alone."""
+
+    def __init__(self, store: ChunkStore, job: CaptureJob) -> None:
+        self._store = store
+        self._job = job
+
+    @override
+    def read_into(self, index: int, place: Buffer) -> None:
+        self._store.read_into(self._job, index, place)

@@ -21,7 +21,7 @@ from services.replay.redis_store import RedisChunkStore
 from services.replay.rules import Admission, Cleared, check_chunks, committed, resident_already, uses_of
 from services.replay.scripts import Reply, Scripts
 from services.replay.selectors import Selector, priorities
-from services.replay.store import ChunkStore, ChunkWriter
+from services.replay.store import ChunkReader, ChunkStore, ChunkWriter
 
 __all__ = ["Admission", "Cleared", "RedisTable"]
 
@@ -119,6 +119,10 @@ class RedisTable(ReplayTable):
     @override
     def read_into(self, job: CaptureJob, index: int, place: Buffer) -> None:
         self._chunks.read_into(job, index, place)
+
+    @override
+    def reading(self, job: CaptureJob) -> AbstractContextManager[ChunkReader]:
+        return self._chunks.reading(job)
 
     @override
     def commit(self, sample: Sample, now_s: float) -> None:

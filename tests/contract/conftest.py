@@ -1,7 +1,8 @@
-"""Each contract test of a replay table runs twice: on a real Redis, and in memory."""
+"""Each contract test of a replay table runs on a real Redis, its payloads there or in shared memory, and in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -9,12 +10,17 @@ from collections.abc import Callable, Iterator
 import pytest
 from replaying import JOB_BYTES, SIGNATURE, MakeReplay, Replay
 
+from services.replay.arena import Arena
+from services.replay.arena_store import ArenaStore
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.memory_table import MemoryStore, MemoryTable, MemoryWorkQueue
 from services.replay.protocol import CaptureQueue, ReplayTable
 from services.replay.table import RedisTable
 from services.replay.work import WorkQueue
+
+ARENA_BYTES = 1_000_000
+"""At least the capacity of any table that these tests make."""
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +29,7 @@ def redis_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield connect(embedded.url)
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "shm"])
 def make_replay(request: pytest.FixtureRequest) -> Iterator[MakeReplay]:
     """Makes tables that are not created yet. The first is called `run`."""
     made: list[Replay] = []
@@ -38,13 +44,18 @@ def make_replay(request: pytest.FixtureRequest) -> Iterator[MakeReplay]:
             made.append(Replay(MemoryTable(memory, draw=draw), MemoryWorkQueue(memory)))
         else:
             client = request.getfixturevalue("redis_client")
-            made.append(Replay(RedisTable(client, prefix, draw=draw), WorkQueue(client, prefix)))
+            chunks = None
+            if request.param == "shm":
+                chunks = ArenaStore(client, prefix, stack.enter_context(Arena(ARENA_BYTES)).place)
+                stack.callback(chunks.close)
+            made.append(Replay(RedisTable(client, prefix, chunks=chunks, draw=draw), WorkQueue(client, prefix)))
         return made[-1]
 
-    yield make
-    for replay in made:
-        replay.table.destroy()
-    if request.param == "redis":
+    with contextlib.ExitStack() as stack:
+        yield make
+        for replay in made:
+            replay.table.destroy()
+    if request.param != "memory":
         client = request.getfixturevalue("redis_client")
         assert [key for prefix in prefixes for key in client.keys(f"{prefix}:*")] == []
 

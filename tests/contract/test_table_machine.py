@@ -6,12 +6,14 @@ can always move, and a sealed table runs empty.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -26,6 +28,8 @@ from replaying import SIGNATURE, Replay, bytes_of, failed, get_chunk, make_job, 
 
 from services.contracts import CaptureJob, SampleLease
 from services.errors import SlipstreamError
+from services.replay.arena import Arena
+from services.replay.arena_store import ArenaStore
 from services.replay.audit import audit_table
 from services.replay.connect import Client
 from services.replay.memory_table import MemoryStore, MemoryTable, MemoryWorkQueue
@@ -85,6 +89,8 @@ class TableMachine(RuleBasedStateMachine):
     """Two tables that are told the same."""
 
     client: Client
+    num_examples = 70
+    in_shared_memory = False
     numbers = itertools.count()
 
     @initialize(reuse=st.integers(1, 3), limiter=LIMITERS, selector=SELECTORS, seed=st.integers(0, 2**32))
@@ -93,9 +99,10 @@ class TableMachine(RuleBasedStateMachine):
         memory.prefix = prefix
         self.prefix = prefix
         self.memory = Replay(MemoryTable(memory, draw=random.Random(seed).random), MemoryWorkQueue(memory))
-        self.redis = Replay(
-            RedisTable(self.client, prefix, draw=random.Random(seed).random), WorkQueue(self.client, prefix)
-        )
+        self.stack = contextlib.ExitStack()
+        chunks = self.stack.enter_context(self.arena_store()) if self.in_shared_memory else None
+        table = RedisTable(self.client, prefix, chunks=chunks, draw=random.Random(seed).random)
+        self.redis = Replay(table, WorkQueue(self.client, prefix))
         self.reuse, self.limiter, self.selector = reuse, limiter, selector
         self.both(lambda it: it.table.create(CAPACITY_BYTES, SIGNATURE, reuse, limiter, selector))
         self.now_s = 1000.0
@@ -115,6 +122,15 @@ class TableMachine(RuleBasedStateMachine):
             self.counters_are_what_the_keys_make()
             self.redis.table.destroy()
             assert self.client.keys(f"{self.prefix}:*") == []
+            self.stack.close()
+
+    @contextlib.contextmanager
+    def arena_store(self) -> Iterator[ArenaStore]:
+        """A store with exactly the bytes that the table may hold: what is admitted must always fit."""
+        with Arena(CAPACITY_BYTES) as arena:
+            store = ArenaStore(self.client, self.prefix, arena.place)
+            yield store
+            store.close()
 
     # Telling both.
 
@@ -408,12 +424,20 @@ def leases_of(held: list[Held], which: int) -> list[SampleLease]:
     return [pair[which] for pair in held]
 
 
-def test_both_tables_answer_alike_whatever_is_done_to_them(redis_client: Client) -> None:
+class SharedMemoryMachine(TableMachine):
+    """The same with payloads in shared memory."""
+
+    num_examples = 40
+    in_shared_memory = True
+
+
+@pytest.mark.parametrize("machine", [TableMachine, SharedMemoryMachine])
+def test_both_tables_answer_alike_whatever_is_done_to_them(redis_client: Client, machine: type[TableMachine]) -> None:
     TableMachine.client = redis_client
     run_state_machine_as_test(
-        TableMachine,
+        machine,
         settings=settings(
-            max_examples=70,
+            max_examples=machine.num_examples,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

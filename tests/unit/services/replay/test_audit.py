@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from services.replay.audit import SampleKeys, Snapshot, find_problems
+from services.replay.extents import Extent
 
 SOUND = Snapshot(
     counters={
@@ -38,6 +39,8 @@ given up while it waited."""
 def test_sound_table_has_no_problems() -> None:
     assert find_problems(SOUND) == []
     assert find_problems(Snapshot()) == []
+    places = {1: (Extent(0, 40), Extent(60, 80)), 2: (Extent(80, 120),), 3: (Extent(40, 60),)}
+    assert find_problems(replace(SOUND, extents=places, freed=(Extent(120, 130),))) == []
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,9 @@ def test_sound_table_has_no_problems() -> None:
         ({"chunks": SOUND.chunks | {(3, 0, 0): 20}}, r"chunks that are not those that samples name: \(3, 0, 0\)"),
         ({"chunks": {**SOUND.chunks, (1, 0, 1): 19}}, "capture 1 is counted with 60 bytes, its chunks have 59"),
         ({"chunks": {**SOUND.chunks, (3, 1, 1): 11}}, "capture 3 in flight has 31 bytes in chunks, made room for 30"),
+        ({"extents": {1: (Extent(0, 40), Extent(60, 80)), 2: (Extent(79, 119),)}}, "79 to 80 .* capture 1 and to capt"),
+        ({"extents": {1: (Extent(0, 60),)}, "freed": (Extent(59, 61),)}, "59 to 60 .* and to what was freed"),
+        ({"freed": (Extent(7, 9), Extent(7, 9))}, "7 to 9 of the arena belong to what was freed and to wha"),
         ({"inserting": set()}, "their samples that are not captures in flight: 3"),
         ({"ready": {1, 2}, "weights": {1, 2}}, "samples that are ready that are not samples with uses: 2"),
         ({"weights": set()}, "ready ones that are not weighed samples: 1"),
