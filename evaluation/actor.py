@@ -19,9 +19,9 @@ class EvaluatorActor:
     """An `Evaluator` in a process of its own; same arguments, same `evaluate`."""
 
     def __init__(self, model: str, prompts: list[list[int]], config: EvaluationConfig) -> None:
+        keep_freed_memory()
         from evaluation.evaluator import Evaluator
 
-        keep_freed_memory()
         self._evaluator = Evaluator(model, prompts, config)
 
     def evaluate(self, checkpoint: str, label: str) -> Report:

@@ -112,6 +112,11 @@ class TableSignature(Record):
         """Bytes of one token's last hidden state."""
         return hidden_state_bytes(self.hidden_size, self.dtype)
 
+    def differences(self, held: TableSignature) -> str:
+        """What is other than in the signature of a table, in words: "dtype fp8_e4m3, not bf16"."""
+        wanted, found = self.model_dump(), held.model_dump()
+        return ", ".join(f"{name} {value}, not {found[name]}" for name, value in wanted.items() if value != found[name])
+
     def sample_bytes(self, num_tokens: int, num_last_rows: int) -> int:
         """Payload bytes of one sample, known before it is captured."""
         return num_tokens * self.context_row_bytes + num_last_rows * self.last_row_bytes

@@ -47,9 +47,9 @@ class TrainerRank:
         generation: int,
         command: Sequence[str] = (),
     ) -> None:
+        keep_freed_memory()
         from trainer.training import load_libraries
 
-        keep_freed_memory()
         self._rank = rank
         self._recipe = recipe
         self._redis = (redis_url, prefix)

@@ -135,8 +135,8 @@ class InsertStream:
         if step.signature != self._signature:
             raise SignatureError(
                 f"this replay table holds samples of {self._signature.model_dump_json()}, not of "
-                f"{step.signature.model_dump_json()[:1000]}: capture with the same target, layers and dtype, or give "
-                "these samples a service of their own"
+                f"{step.signature.model_dump_json()[:1000]} ({step.signature.differences(self._signature)[:1000]}): "
+                "capture with the same target, layers and dtype, or give these samples a service of their own"
             )
         self._producer = step.producer or self._producer
         return wire.InsertResponse(opened=wire.Opened(max_chunk_bytes=MAX_CHUNK_BYTES, max_tokens=MAX_TOKENS))

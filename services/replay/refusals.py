@@ -26,9 +26,10 @@ def table_lost(prefix: str) -> TableLostError:
 
 def other_signature(prefix: str, held: str, wanted: TableSignature) -> SignatureError:
     """The table holds something else; `held` is its signature as JSON."""
+    difference = wanted.differences(TableSignature.model_validate_json(held))
     return SignatureError(
-        f"the replay table {prefix!r} holds samples of {held}, not of {wanted.model_dump_json()}. Give this run "
-        "another name, or end the run that uses the table."
+        f"the replay table {prefix!r} holds samples of {held}, not of {wanted.model_dump_json()} ({difference}). Give "
+        "this run another name, or end the run that uses the table."
     )
 
 

@@ -109,6 +109,7 @@ class ReplayShard:
         Raises:
             ReplayUnavailableError: Redis does not answer.
         """
+        keep_freed_memory()
         client = connect(redis_url)
         self._config = config
         self._signature = signature
@@ -139,7 +140,6 @@ class ReplayShard:
             SignatureError: The table holds something else.
             ReplayUnavailableError: Redis stayed away for 30 s.
         """
-        keep_freed_memory()
         self._attach()
         pool = ThreadPoolExecutor(self._config.pulls, thread_name_prefix="pull")
         try:

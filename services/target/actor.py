@@ -36,6 +36,7 @@ class TargetServer:
             config: What it is.
             listening: Where it serves, and with whose credentials; None is the loopback interface, open to its machine.
         """
+        keep_freed_memory()
         self._config = config
         self._listening = listening
         self._settled = threading.Event()
@@ -91,7 +92,6 @@ class TargetServer:
         return f"{host}:0", self._listening.credentials.at(host)
 
     def _load(self) -> None:
-        keep_freed_memory()
         try:
             import torch
 

@@ -52,6 +52,12 @@ def test_same_signature_again_keeps_the_samples(table: ReplayTable) -> None:
     assert table.signature() == SIGNATURE
 
 
+def test_table_of_another_wire_dtype_is_refused(table: ReplayTable) -> None:
+    other = SIGNATURE.model_copy(update={"dtype": "fp8_e4m3"})
+    with pytest.raises(SignatureError, match=r"\(dtype fp8_e4m3, not bf16\). Give this run another name"):
+        table.create(4 * 56, other, max_times_sampled=1)
+
+
 def test_other_signature_is_refused(table: ReplayTable) -> None:
     other = SIGNATURE.model_copy(update={"layer_ids": (0, 3)})
     with pytest.raises(SignatureError, match=r'"layer_ids":\[0,2\].*"layer_ids":\[0,3\]'):

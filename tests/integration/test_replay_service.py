@@ -248,6 +248,19 @@ def test_wrong_signature_is_refused_before_anything_is_sent(served: Serving, cli
     served.assert_at_rest()
 
 
+def test_wire_dtype_that_the_table_forbids_is_refused_at_the_first_insert(
+    served: Serving, client: ReplayClient
+) -> None:
+    other = SIGNATURE.model_copy(update={"dtype": "fp8_e4m3"})
+    with (
+        client.producer(other) as producer,
+        pytest.raises(SignatureError, match=r"\(dtype fp8_e4m3, not bf16\): capture with the same .* dtype, or give"),
+    ):
+        context = bytes(2 * other.context_row_bytes)
+        producer.insert(1, token_ids=[1, 2], loss_mask=[1, 1], last_rows=[], context=context, last=b"")
+    served.assert_at_rest()
+
+
 def test_buffers_that_do_not_fit_are_refused_by_the_client(producer: Producer) -> None:
     with pytest.raises(WireError, match="context has 8 bytes, 1 rows of 32 are needed"):
         producer.insert(1, token_ids=[1], loss_mask=[1], last_rows=[], context=bytes(8), last=b"")

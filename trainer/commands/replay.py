@@ -128,6 +128,9 @@ def serve(
 
     Example: slipstream replay serve --redis redis://cache:6379/0 --fingerprint mine --hidden-size 2560 --layers 1,9
     """
+    from services.memory import keep_freed_memory
+
+    keep_freed_memory()
     from services.errors import SlipstreamError
     from services.security import check_listening
     from trainer.console import RunConsole

@@ -78,6 +78,9 @@ def serve(
 
     Example: slipstream target serve Qwen/Qwen3-0.6B --host 0.0.0.0 --credentials ./target-credentials
     """
+    from services.memory import keep_freed_memory
+
+    keep_freed_memory()
     from services.errors import SlipstreamError
     from services.security import check_listening
     from services.target.config import TargetConfig
