@@ -44,7 +44,11 @@ class ReplayConfig(BaseModel):
         le=MAX_CAPACITY_BYTES,
         description="most resident feature bytes, captures in flight included ('4GiB')",
     )
-    wire_dtype: WireDtype = Field("bf16", description="dtype of features on the wire and in the buffer")
+    wire_dtype: WireDtype = Field(
+        "bf16",
+        description="dtype of features on the wire and in the buffer: bf16, fp16, fp32, or fp8_e4m3 with a scale a row "
+        "and layer, which halves bf16's bytes; ranks compute in their own dtype all the same",
+    )
     chunk: Bytes = Field(ByteSize(DEFAULT_CHUNK_BYTES), gt=0, le=MAX_CHUNK_BYTES, description="most bytes of one chunk")
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")
     reuse: int = Field(1, ge=1, description="passes through the drafter that one capture feeds")

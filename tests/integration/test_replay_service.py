@@ -256,8 +256,7 @@ def test_wire_dtype_that_the_table_forbids_is_refused_at_the_first_insert(
         client.producer(other) as producer,
         pytest.raises(SignatureError, match=r"\(dtype fp8_e4m3, not bf16\): capture with the same .* dtype, or give"),
     ):
-        context = bytes(2 * other.context_row_bytes)
-        producer.insert(1, token_ids=[1, 2], loss_mask=[1, 1], last_rows=[], context=context, last=b"")
+        producer.insert(1, token_ids=[1], loss_mask=[1], last_rows=[], context=bytes(other.context_row_bytes), last=b"")
     served.assert_at_rest()
 
 

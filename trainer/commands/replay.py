@@ -74,7 +74,10 @@ def serve(
     layers: Annotated[
         str, typer.Option(metavar="IDS", help="Layers of the context features, in their order: 1,9,17,25,33.")
     ] = "",
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="dtype of the features.")] = "bf16",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32", "fp8_e4m3"],
+        typer.Option(help="dtype of the features; fp8_e4m3 has a scale behind each hidden state."),
+    ] = "bf16",
     signature_from: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="A target that knows fingerprint and hidden size; asked once."),
@@ -160,11 +163,9 @@ def serve(
         signature = _signature(
             _layers(layers), config, signature_from, target_token_file, target_cert, fingerprint, hidden_size
         )
-        from services.memory import keep_freed_memory
         from services.replay.service import serve as start
         from services.replay.service_config import ServiceConfig
 
-        keep_freed_memory()
         prefix = _prefix(name)
         limits = ServiceConfig(max_inserts=max_inserts, max_leases=max_leases, chunks_url=advertise_redis)
         with _redis(config, prefix) as place:

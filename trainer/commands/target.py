@@ -107,9 +107,6 @@ def serve(
             max_concurrent_captures=max_concurrent_captures,
         )
         console.say(f"loading {model}")
-        from services.memory import keep_freed_memory
-
-        keep_freed_memory()
         import torch
 
         from services.target.engine import TransformersEngine
