@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,3 +180,25 @@ def test_padding_has_the_shapes_of_a_sample() -> None:
     assert features.target_hidden_states.shape[-1] == len(LAYER_IDS) * HIDDEN
     assert features.target_last_hidden_states.shape[-1] == HIDDEN
     assert features.target_hidden_states.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("wire_dtype", ["bf16", "fp8_e4m3"])
+def test_on_cuda_micro_batches_are_copied_from_memory_that_is_used_again(wire_dtype: WireDtype) -> None:
+    device = torch.device("cuda", 0)
+    store = Store(wire_dtype)
+    samples = [store.add(number, 40 + number, list(range(5, 30)), chunk_rows=7) for number in range(12)]
+    assembler = Assembler(store.read_into, store.signature, device=device, dtype=torch.bfloat16)
+    batches = [assembler.assemble([sample.lease], [number]) for number, sample in enumerate(samples)]
+    for number, (batch, sample) in enumerate(zip(batches, samples, strict=True)):
+        batch.wait_until_there()
+        assert batch.buffer is None
+        assert batch.features.target_hidden_states.device == batch.sample_weights.device == device
+        on_host = replace(
+            batch,
+            features=batch.features.to("cpu"),
+            sample_weights=batch.sample_weights.cpu(),
+            importance_weights=batch.importance_weights.cpu(),
+        )
+        assert_same(on_host, collate([sample], [number], torch.bfloat16))
+    assert assembler.empty().features.target_hidden_states.device == device
