@@ -176,7 +176,10 @@ def test_threads_write_and_read_at_once(urls: dict[str, str], kind: str) -> None
     client.close()
 
 
-def test_connections_are_kept_for_the_next_and_closed_in_the_end(table: RedisTable, client: Client) -> None:
+@pytest.mark.parametrize("kind", ["unix", "tls"])
+def test_connections_are_kept_for_the_next_and_closed_in_the_end(urls: dict[str, str], kind: str) -> None:
+    client = connect(urls[kind])
+    table = make_table(client)
     opened = client.info("stats")["total_connections_received"]
     for capture in range(3):
         admit(table, make_job(capture))
@@ -184,6 +187,8 @@ def test_connections_are_kept_for_the_next_and_closed_in_the_end(table: RedisTab
     assert client.info("stats")["total_connections_received"] == opened + 1
     table.close()
     wait_until(lambda: client.info("clients")["connected_clients"] == 1, "the end of the connection")
+    table.destroy()
+    client.close()
 
 
 def test_place_of_another_length_is_refused_and_the_next_read_is_right(table: RedisTable) -> None:
