@@ -90,10 +90,12 @@ class TargetScaling:
         Raises:
             UsageError: The number is out of bounds; nothing is changed.
         """
-        note = SUSPENDED if self._is_on else ""
-        self._pool.scale(targets, f"by hand; {note}" if note else "")
+        self._pool.scale(targets, "by hand" if self._bounds else "")
+        if not self._is_on:
+            return ""
         self._is_on = False
-        return note
+        self._say(SUSPENDED)
+        return SUSPENDED
 
     def autoscale(self, is_on: bool) -> str:
         """Let the run scale its targets by itself, or no more.
@@ -116,7 +118,7 @@ class TargetScaling:
         if is_on:
             self._steps.clear()
             self._autoscaler.forget(time.monotonic())
-        self._report(Event(time_s=time.time(), kind="autoscale", message=text))
+        self._say(text)
         return text
 
     def status(self) -> Autoscaling | None:
@@ -150,10 +152,13 @@ class TargetScaling:
 
     def _carry_out(self, decision: Decision) -> None:
         if decision.targets is None:
-            self._report(Event(time_s=time.time(), kind="autoscale", message=decision.reason))
+            self._say(decision.reason)
             return
         self._pool.scale(decision.targets, decision.reason)
         self._board.set(num_targets_wanted=decision.targets)
+
+    def _say(self, message: str) -> None:
+        self._report(Event(time_s=time.time(), kind="autoscale", message=message))
 
 
 def ready_fill(tables: Sequence[TableInfo]) -> float:

@@ -209,6 +209,7 @@ def test_unknown_run_and_wrong_scale_are_refused(cluster: Cluster, run: Run) -> 
     refused(cluster.slipstream("pause", "llama"), 2, "there is no run 'llama' here", "running are: demo-")
     refused(cluster.slipstream("scale", "demo", "targets=0"), 2, "targets=0 must lie between 1 and", "max_replicas 4")
     refused(cluster.slipstream("scale", "demo", "targets=5"), 2, "targets=5 must lie between 1 and", "max_replicas 4")
+    refused(cluster.slipstream("scale", "demo", "autoscale=on"), 2, "this run's recipe has no target.autoscale")
 
 
 def test_second_driver_of_an_output_directory_is_refused(cluster: Cluster, run: Run) -> None:

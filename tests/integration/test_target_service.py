@@ -627,6 +627,38 @@ def test_added_target_that_fails_to_load_harms_no_other_and_is_replaced(tmp_path
         pool.stop()
 
 
+@pytest.mark.usefixtures("own_ray")
+def test_targets_scaled_down_while_they_load_and_up_while_they_drain(folder: Path) -> None:
+    pool = TargetPool(_config(folder, num_cpus=0.5), Board())  # the cluster has room for two
+    pool.start()
+    try:
+        pool.wait_ready(120.0)
+        pool.scale(2, "made up")
+        pool.scale(1)
+        assert _states(pool) == {0: "serving"}, "what loads gives nothing, and ends at once"
+        pool.scale(2)
+        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the second target", 120.0)
+        pool.scale(1)
+        pool.scale(2)
+        assert _states(pool) == {0: "serving", 2: "draining", 3: "pending"}
+        assert len(pool.addresses()) == 1
+        wait_until(lambda: _states(pool) == {0: "serving", 3: "serving"}, "what takes the drained one's place", 120.0)
+        pool.scale(2)
+        events = pool.events()
+    finally:
+        pool.stop()
+    assert [event.message for event in events if event.kind == "scaling"] == [
+        "targets scaled from 1 to 2: made up",
+        "targets scaled from 2 to 1",
+        "targets scaled from 1 to 2",
+        "targets scaled from 2 to 1",
+        "targets scaled from 1 to 2",
+    ]
+    # A slow machine may say that the last one is pending.
+    kinds = [event.kind for event in events if event.kind not in ("scaling", "pending")]
+    assert kinds == ["serving", "drained", "serving"]
+
+
 def _states(pool: TargetPool) -> dict[int, str]:
     return {target.index: target.state for target in pool.states()}
 

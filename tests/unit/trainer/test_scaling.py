@@ -143,7 +143,7 @@ def test_targets_that_come_back_are_waited_for_and_missing_resources_named(run: 
 
 def test_scaling_by_hand_suspends_until_it_is_switched_on_again(run: Run) -> None:
     assert run.scaling.by_hand(6) == SUSPENDED
-    assert run.pool.scaled == [(6, f"by hand; {SUSPENDED}")]
+    assert run.pool.scaled == [(6, "by hand")]
     status = run.scaling.status()
     assert status is not None
     assert not status.is_on
@@ -154,7 +154,7 @@ def test_scaling_by_hand_suspends_until_it_is_switched_on_again(run: Run) -> Non
     run.train(1)
     assert run.pool.scaled[2:] == [(4, "autoscaling keeps them between 1 and 4")]
     assert run.scaling.autoscale(False) == SUSPENDED
-    assert [event.message for event in run.events] == ["targets are autoscaled between 1 and 4", SUSPENDED]
+    assert [event.message for event in run.events] == [SUSPENDED, "targets are autoscaled between 1 and 4", SUSPENDED]
 
 
 def test_refused_number_suspends_nothing(run: Run) -> None:
