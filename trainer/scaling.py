@@ -24,8 +24,6 @@ LOSSES = frozenset({"restart", "redis", "silent"})
 PACE_STEPS = 20
 """How long the run goes on is told from so many of its last steps."""
 
-SUSPENDED = "autoscaling is suspended until `slipstream scale RUN autoscale=on`"
-
 
 class TargetScaling:
     """Scales one run's targets, by hand or by itself. A sink of the run's journal: steps and losses come in as records.
@@ -46,6 +44,7 @@ class TargetScaling:
         self._board = board
         self._report = report
         self._is_on = config.autoscale is not None
+        self._suspended = f"autoscaling is suspended until `slipstream scale {board.status.run_id} autoscale=on`"
         self._steps: list[StepTime] = []
         self._pace_s: deque[float] = deque(maxlen=PACE_STEPS)
         self._steps_left: int | None = None
@@ -54,7 +53,7 @@ class TargetScaling:
 
     def take(self, record: dict[str, Any]) -> None:
         """One record of the run."""
-        if self._autoscaler is None:
+        if not self._is_on:
             return
         if record["kind"] == "step":
             # The clock of here: that of the ranks' machine may be another one.
@@ -94,8 +93,8 @@ class TargetScaling:
         if not self._is_on:
             return ""
         self._is_on = False
-        self._say(SUSPENDED)
-        return SUSPENDED
+        self._say(self._suspended)
+        return self._suspended
 
     def autoscale(self, is_on: bool) -> str:
         """Let the run scale its targets by itself, or no more.
@@ -112,11 +111,10 @@ class TargetScaling:
                 "target.autoscale.max=N, or scale it by hand (targets=N)"
             )
         before, self._is_on = self._is_on, is_on
-        text = f"targets are autoscaled between {self._bounds.min} and {self._bounds.max}" if is_on else SUSPENDED
+        text = f"targets are autoscaled between {self._bounds.min} and {self._bounds.max}" if is_on else self._suspended
         if before == is_on:
             return text
         if is_on:
-            self._steps.clear()
             self._autoscaler.forget(time.monotonic())
         self._say(text)
         return text

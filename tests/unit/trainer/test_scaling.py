@@ -13,7 +13,9 @@ from services.control.records import RunStatus
 from services.errors import UsageError
 from services.target.config import TargetConfig
 from trainer import scaling as scaling_module
-from trainer.scaling import SUSPENDED, TargetScaling, ready_fill
+from trainer.scaling import TargetScaling, ready_fill
+
+SUSPENDED = "autoscaling is suspended until `slipstream scale demo-1a2b3c autoscale=on`"
 
 AUTOSCALED = TargetConfig.model_validate({"model": "m", "autoscale": {"max": 4, "window_s": 4.0, "up_cooldown_s": 0}})
 
