@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from typing_extensions import Buffer
@@ -103,3 +104,20 @@ def captures_of(leases: list[SampleLease]) -> list[int]:
 
 def failed(job: CaptureJob, *, retry: bool = False) -> Outcome:
     return Outcome(capture=job.capture, attempt=job.attempt, kind="failed", retry=retry, reason="because")
+
+
+class LeaseReader:
+    """Opens leased samples whose chunks a function reads; what `ReplayReader.reading` is to trainers."""
+
+    def __init__(self, read_into: Callable[[SampleLease, int, memoryview], None], lease: SampleLease) -> None:
+        self._read_into = read_into
+        self._lease = lease
+
+    def read_into(self, index: int, place: Buffer) -> None:
+        self._read_into(self._lease, index, memoryview(place))
+
+    @classmethod
+    def by(
+        cls, read_into: Callable[[SampleLease, int, memoryview], None]
+    ) -> Callable[[SampleLease], AbstractContextManager[LeaseReader]]:
+        return lambda lease: nullcontext(cls(read_into, lease))

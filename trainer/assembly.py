@@ -10,34 +10,37 @@ Letters: ΣT tokens of a micro-batch, L captured layers, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from services.codec import TORCH_DTYPES, byte_view, decode_into
 from services.contracts import SampleLease, TableSignature
+from services.replay.store import ChunkReader
 from trainer.buffers import ALIGNMENT, BufferPool
 from trainer.collate import DeviceCopy, MicroBatch, packed, without_samples
 from trainer.packing import ChunkPlace, pack
 
-ReadInto = Callable[[SampleLease, int, memoryview], None]
-"""Reads one chunk of a leased sample into a place of exactly its size."""
+Reading = Callable[[SampleLease], AbstractContextManager[ChunkReader]]
+"""Opens a leased sample to be read chunk by chunk; what was read counts once that context has ended well."""
 
 
 class Assembler:
     """Makes micro-batches. One thread assembles, another one may release.
 
     Args:
-        read_into: Reads one chunk.
+        reading: Opens a sample, as `ReplayReader.reading`.
         signature: The table's.
         device: Where micro-batches go.
         dtype: Of the features there.
     """
 
     def __init__(
-        self, read_into: ReadInto, signature: TableSignature, *, device: torch.device, dtype: torch.dtype
+        self, reading: Reading, signature: TableSignature, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._read_into = read_into
+        self._reading = reading
         self._signature = signature
         self._dtype = dtype
         self._widths = (len(signature.layer_ids) * signature.hidden_size, signature.hidden_size)
@@ -74,8 +77,10 @@ class Assembler:
             for gap in packing.unread:
                 last[0, gap.start : gap.stop].zero_()
             rows = {"context": context[0], "last": last[0]}
-            for place in packing.places:
-                self._read_chunk(leases[place.sample], place, rows[place.chunk.tensor])
+            for sample, places in groupby(packing.places, lambda place: place.sample):
+                with self._reading(leases[sample]) as reader:
+                    for place in places:
+                        self._read_chunk(reader, place, rows[place.chunk.tensor])
             micro_batch = packed(leases, anchor_seeds, context, last, buffer)
         except BaseException:
             self._pool.give_back(buffer)
@@ -90,15 +95,15 @@ class Assembler:
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch if self._device_copy is None else self._device_copy.begin(micro_batch)
 
-    def _read_chunk(self, lease: SampleLease, place: ChunkPlace, rows: Tensor) -> None:
+    def _read_chunk(self, reader: ChunkReader, place: ChunkPlace, rows: Tensor) -> None:
         """Read a chunk into its rows of a packed tensor [ΣT, width]."""
         chunk = place.chunk
         if TORCH_DTYPES[self._signature.dtype] == self._dtype and len(place.runs) == 1:
             (run,) = place.runs
-            self._read_into(lease, place.number, byte_view(rows[run.to_row : run.to_row + run.num_rows]))
+            reader.read_into(place.number, byte_view(rows[run.to_row : run.to_row + run.num_rows]))
             return
         staged = byte_view(self._stage(chunk.num_bytes))
-        self._read_into(lease, place.number, staged)
+        reader.read_into(place.number, staged)
         row_bytes = chunk.num_bytes // (chunk.row_end - chunk.row_start)
         for run in place.runs:
             decode_into(

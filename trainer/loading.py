@@ -59,7 +59,7 @@ class MicroBatchLoader:
         self._rank = rank
         self._generation = generation
         self._hold = hold
-        self._assembler = Assembler(reader.read_into, signature, device=device, dtype=dtype)
+        self._assembler = Assembler(reader.reading, signature, device=device, dtype=dtype)
         self._window: deque[list[SampleLease]] = deque()
         """Leases of micro-batches to come in the same step, as they go together."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,6 +37,25 @@ class ArenaPlace(Record):
     device: int
     inode: int
     capacity_bytes: int
+
+    @property
+    def text(self) -> str:
+        """As it stands in a URL."""
+        return f"{self.path}:{self.device}:{self.inode}:{self.capacity_bytes}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `text`.
+
+        Raises:
+            ReplayError: It is none.
+        """
+        match = re.fullmatch(r"(/proc/\d+/fd/\d+):(\d+):(\d+):(\d+)", text)
+        if match is None:
+            raise ReplayError(f"{text!r} is no place of a shared-memory arena: leave arena= out of replay.redis")
+        path, *numbers = match.groups()
+        device, inode, capacity_bytes = map(int, numbers)
+        return cls(path=path, device=device, inode=inode, capacity_bytes=capacity_bytes)
 
 
 class Arena:

@@ -82,7 +82,7 @@ class ArenaStore(ChunkStore):
         tell: Callable[[str], None] = logger.warning,
         stopping: threading.Event | None = None,
     ) -> None:
-        """Open the arena for reading; the first `writing` makes this store its writer.
+        """Attach to a table. The first `writing` makes this store the arena's writer.
 
         Args:
             client: Of the Redis that has the table, from `connect`.
@@ -90,19 +90,22 @@ class ArenaStore(ChunkStore):
             place: The arena, as large as the table's capacity or larger.
             tell: Hears, for the run's events, what a writer waits for.
             stopping: Ends the wait of writers for space, as `close` does.
-
-        Raises:
-            ReplayError: The arena cannot be reached from this process.
         """
-        self._prefix = prefix
         self._scripts = Scripts(client, prefix)
         self._place = place
         self._tell = tell
-        self._descriptor = open_arena(place, os.O_RDONLY)
-        self._bytes = _map(place, os.O_RDONLY, mmap.PROT_READ)
+        self._descriptor = -1
+        self._bytes: Bytes = np.empty(0, np.uint8)
         self._lock = threading.Lock()
         self._writer: _Owner | None = None
         self._stopping = stopping or threading.Event()
+
+    @override
+    def open(self) -> None:
+        with self._lock:
+            if self._descriptor < 0:
+                self._bytes = _map(self._place, os.O_RDONLY, mmap.PROT_READ)
+                self._descriptor = open_arena(self._place, os.O_RDONLY)
 
     @override
     @contextlib.contextmanager
@@ -120,6 +123,7 @@ class ArenaStore(ChunkStore):
     @override
     @contextlib.contextmanager
     def reading(self, job: CaptureJob) -> Iterator[ChunkReader]:
+        self.open()
         sample, chunks = self._find(job)
         # An open file of its own: locks of the same open file would end together.
         descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)

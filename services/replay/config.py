@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, field_serializer, model_validator
 
@@ -12,6 +12,8 @@ from services.replay.selectors import Selector, SelectorKind
 from services.replay.urls import without_password
 
 EMBEDDED = "embedded"
+
+Tier = Literal["redis", "shm", "auto"]
 
 MAX_CAPACITY_BYTES = 2**53
 """What Lua's numbers count exactly: 8 PiB."""
@@ -48,6 +50,11 @@ class ReplayConfig(BaseModel):
         "bf16",
         description="dtype of features on the wire and in the buffer: bf16, fp16, fp32, or fp8_e4m3 with a scale a row "
         "and layer, which halves bf16's bytes; ranks compute in their own dtype all the same",
+    )
+    tier: Tier = Field(
+        "redis",
+        description="where features lie: redis, shm (shared memory: shards and ranks are on the driver's host), auto "
+        "(shm if that is so and there is room)",
     )
     chunk: Bytes = Field(ByteSize(DEFAULT_CHUNK_BYTES), gt=0, le=MAX_CHUNK_BYTES, description="most bytes of one chunk")
     pulls: int = Field(8, ge=1, description="captures that a shard pulls at once")

@@ -17,7 +17,7 @@ from redis.retry import Retry
 from services.errors import ReplayError, ReplayUnavailableError
 from services.replay.keys import table_key
 from services.replay.scripts import Scripts
-from services.replay.urls import PASSWORD_VARIABLE, reachable, safe_url
+from services.replay.urls import PASSWORD_VARIABLE, reachable, safe_url, split_arena
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Client(redis.Redis):
     """
 
     url: str
+    arena: str | None = None
+    """What the URL says of shared memory (`services.replay.tiers`)."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command.
@@ -96,6 +98,7 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Client:
         ReplayError: The URL is none of these.
         ReplayUnavailableError: The server does not answer.
     """
+    url, arena = split_arena(url)
     url = reachable(url)
     try:
         client = Client.from_url(
@@ -115,7 +118,7 @@ def connect(url: str, *, timeout_s: float = TIMEOUT_S) -> Client:
             f"percent-encoded, those in {PASSWORD_VARIABLE} are not."
         ) from None
     assert isinstance(client, Client)
-    client.url = url
+    client.url, client.arena = url, arena
     client.ping()
     return client
 

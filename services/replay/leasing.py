@@ -11,9 +11,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
-
-from typing_extensions import Buffer
 
 from services.contracts import SampleLease, TableInfo, TableSignature
 from services.errors import (
@@ -26,6 +25,7 @@ from services.errors import (
     UnknownSampleError,
 )
 from services.replay.links import ShardLink, close_links, shard_of, sum_infos
+from services.replay.store import ChunkReader
 
 POLL_S = 0.01
 
@@ -71,23 +71,21 @@ class Leasing:
         self._away: dict[int, tuple[float, ReplayError]] = {}
         """Until when a shard is left alone, and why."""
 
-    def read_into(self, lease: SampleLease, index: int, place: Buffer) -> None:
-        """Read one chunk of a leased sample to where it belongs.
+    def reading(self, lease: SampleLease) -> AbstractContextManager[ChunkReader]:
+        """Read the chunks of a leased sample to where they belong; good once the context has ended well.
 
         Checksums and finiteness were checked once, by the shard on arrival (`services.replay.arrival`); here only sizes
         are.
 
         Args:
             lease: From `lease`.
-            index: Number of the chunk within the sample.
-            place: Writable and contiguous, as long as the chunk. After an error its content is undefined.
 
         Raises:
-            UnknownSampleError: The chunk is gone: the lease has ended.
-            WireError: It has another length.
+            UnknownSampleError: The sample is gone: the lease has ended.
+            WireError: A chunk has another length.
             ReplayUnavailableError: The store does not answer.
         """
-        self._links[lease.shard].table.read_into(lease.sample.job, index, place)
+        return self._links[lease.shard].table.reading(lease.sample.job)
 
     def lease(
         self,

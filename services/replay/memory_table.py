@@ -293,6 +293,10 @@ class MemoryTable(ReplayTable):
             return Admission.ADMITTED
 
     @override
+    def open(self) -> None:
+        pass  # whoever has connected reaches them
+
+    @override
     @contextlib.contextmanager
     def writing(self, job: CaptureJob) -> Iterator[ChunkWriter]:
         yield _Writer(partial(self._put_chunk, job))

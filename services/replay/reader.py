@@ -52,11 +52,18 @@ class ReplayReader(Leasing):
 
         Raises:
             ReplayUnavailableError: A Redis does not answer.
+            ReplayError: The payloads are in shared memory that this process cannot reach.
         """
         super().__init__(link_shards(redis_urls, prefix), prefix, signature, clock=clock)
+        try:
+            for link in self._links:
+                link.table.open()
+        except BaseException:
+            self.close()
+            raise
 
     def fetch(self, lease: SampleLease) -> CapturedSample:
-        """Read a leased sample into new tensors: for a look at one. A trainer packs many, in place (`read_into`).
+        """Read a leased sample into new tensors: for a look at one. A trainer packs many, in place (`reading`).
 
         Raises:
             UnknownSampleError: A chunk is gone: the lease has ended.
@@ -67,8 +74,9 @@ class ReplayReader(Leasing):
             "context": torch.empty(job.num_tokens, signature.context_row_bytes, dtype=torch.uint8),
             "last": torch.empty(len(job.last_rows), signature.last_row_bytes, dtype=torch.uint8),
         }
-        for index, chunk in enumerate(lease.sample.chunks):
-            self.read_into(lease, index, byte_view(rows[chunk.tensor][chunk.row_start : chunk.row_end]))
+        with self.reading(lease) as reader:
+            for index, chunk in enumerate(lease.sample.chunks):
+                reader.read_into(index, byte_view(rows[chunk.tensor][chunk.row_start : chunk.row_end]))
         return CapturedSample(
             lease=lease,
             input_ids=torch.tensor(job.input_ids, dtype=torch.long),

@@ -41,6 +41,7 @@ from services.replay.quarantine import Fault, Judge, Verdict, fault_of
 from services.replay.registry import TargetRegistry
 from services.replay.table import Admission, RedisTable
 from services.replay.targets import CaptureClient, Targets
+from services.replay.tiers import chunk_store
 from services.replay.work import WorkQueue
 from services.security import Credentials
 from services.telemetry import TelemetryWriter
@@ -114,14 +115,15 @@ class ReplayShard:
         self._config = config
         self._signature = signature
         self._clock = clock
-        self._table = RedisTable(client, prefix)
+        self._stop = threading.Event()
+        chunks = chunk_store(client, prefix, tell=lambda text: self._event("arena", text), stopping=self._stop)
+        self._table = RedisTable(client, prefix, chunks=chunks)
         self._work = WorkQueue(client, prefix)
         self._registry = TargetRegistry(client, prefix)
         self._telemetry = TelemetryWriter(client, prefix)
         self._answers = AnswerWriter(answers) if answers else None
         self._targets = Targets(signature, connect_target or partial(_connect_grpc, credentials))
         self._judge = Judge()
-        self._stop = threading.Event()
         self._slots = threading.Semaphore(config.pulls)
         self._lock = threading.Lock()
         self._in_flight: dict[object, CaptureJob] = {}

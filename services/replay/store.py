@@ -56,6 +56,14 @@ class ChunkReader(Protocol):
 class ChunkStore(Protocol):
     """Payloads of the samples of one table. Threads may share it."""
 
+    def open(self) -> None:
+        """Make sure that payloads can be reached from this process; else that shows with the first one.
+
+        Raises:
+            ReplayError: They cannot.
+        """
+        ...
+
     def writing(self, job: CaptureJob) -> AbstractContextManager[ChunkWriter]:
         """Store the chunks of an attempt that was admitted, and is committed after the end of the context.
 

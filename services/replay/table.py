@@ -17,11 +17,11 @@ from services.replay.connect import Client
 from services.replay.keys import destroy, table_key
 from services.replay.protocol import ReplayTable
 from services.replay.rate_limiter import LimiterState, RateLimiter
-from services.replay.redis_store import RedisChunkStore
 from services.replay.rules import Admission, Cleared, check_chunks, committed, resident_already, uses_of
 from services.replay.scripts import Reply, Scripts
 from services.replay.selectors import Selector, priorities
 from services.replay.store import ChunkReader, ChunkStore, ChunkWriter
+from services.replay.tiers import chunk_store
 
 __all__ = ["Admission", "Cleared", "RedisTable"]
 
@@ -44,13 +44,13 @@ class RedisTable(ReplayTable):
         Args:
             client: From `connect`.
             prefix: Of all its keys.
-            chunks: Where payloads lie; by default in the same Redis.
+            chunks: Where payloads lie; by default where the client's URL says.
             draw: Where selectors take their numbers in [0, 1) from, one a use.
         """
         self._client = client
         self._prefix = prefix
         self._scripts = Scripts(client, prefix)
-        self._chunks = chunks or RedisChunkStore(client, prefix)
+        self._chunks = chunks or chunk_store(client, prefix)
         self._draw = draw
 
     @override
@@ -111,6 +111,10 @@ class RedisTable(ReplayTable):
         if status == "USES":
             raise refusals.too_many_uses(job, num_uses, int(rest[0]))
         return Admission(status)
+
+    @override
+    def open(self) -> None:
+        self._chunks.open()
 
     @override
     def writing(self, job: CaptureJob) -> AbstractContextManager[ChunkWriter]:

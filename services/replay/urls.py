@@ -14,6 +14,9 @@ PASSWORD_VARIABLE = "SLIPSTREAM_REDIS_PASSWORD"
 TCP = "tcp"
 """Query field of a unix:// URL: host:port of the same server for those who are on another machine."""
 
+ARENA = "arena"
+"""Query field of any URL, the last one: the shared-memory arena that holds the payloads of that Redis' table."""
+
 HIDDEN = "***"
 
 _LOGIN = re.compile(r"(?<![a-z])(?P<scheme>[a-z]+://)(?P<user>[^:@/?]*)(?P<password>:.*)?@", re.DOTALL)
@@ -65,6 +68,17 @@ def reachable(url: str) -> str:
         more = f"?{urlencode(fields)}" if fields else ""
         return f"unix://{f'{login}@' if login else ''}{path}{more}"
     return f"redis://{f'{login}@' if login else ''}{address}/0"
+
+
+def with_arena(url: str, arena: str) -> str:
+    """The URL with an arena (`ArenaPlace.text`), for those who shall find the payloads there."""
+    return f"{url}{'&' if '?' in url else '?'}{ARENA}={quote(arena, safe='')}"
+
+
+def split_arena(url: str) -> tuple[str, str | None]:
+    """The URL without its arena, and the arena if it has one."""
+    match = re.search(rf"[?&]{ARENA}=([^?&]*)$", url)
+    return (url[: match.start()], unquote(match[1])) if match else (url, None)
 
 
 def is_here(url: str) -> bool:

@@ -244,7 +244,7 @@ class StreamBench:
                 stack.callback(shard.orders.recv)
                 stack.callback(shard.orders.send, StopOrder())
                 pids["redis"].append(_redis_pid(link.client))
-            assembler = Assembler(reader.read_into, signature, device=torch.device("cpu"), dtype=torch.bfloat16)
+            assembler = Assembler(reader.reading, signature, device=torch.device("cpu"), dtype=torch.bfloat16)
             self._move(links, reader, assembler, 2 * way.shards)  # connects every shard to the target
             with CpuMeter(pids) as meter:
                 began_s = time.perf_counter()

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from packing_reference import collate
+from replaying import LeaseReader
 from torch import Tensor
 
 from services.codec import byte_view, decode, encode_into
@@ -89,7 +90,7 @@ class Store:
         place[:] = self.payloads[capture, index]
 
     def assembler(self, dtype: torch.dtype) -> Assembler:
-        return Assembler(self.read_into, self.signature, device=CPU, dtype=dtype)
+        return Assembler(LeaseReader.by(self.read_into), self.signature, device=CPU, dtype=dtype)
 
 
 def assert_same(ours: MicroBatch, reference: MicroBatch) -> None:
@@ -154,7 +155,9 @@ def test_features_of_the_drafters_dtype_are_read_to_where_they_are_trained_from(
         places.append(torch.frombuffer(place, dtype=torch.uint8).data_ptr())
         store.read_into(lease, index, place)
 
-    batch = Assembler(read_into, store.signature, device=CPU, dtype=torch.bfloat16).assemble([sample.lease], [0])
+    batch = Assembler(LeaseReader.by(read_into), store.signature, device=CPU, dtype=torch.bfloat16).assemble(
+        [sample.lease], [0]
+    )
     context, last = batch.features.target_hidden_states[0], batch.features.target_last_hidden_states[0]
     assert places == [context[0].data_ptr(), context[4].data_ptr(), last[2].data_ptr()]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from replaying import LeaseReader
 
 from services.contracts import CaptureJob, Chunk, Sample, SampleLease, TableSignature
 from services.errors import ReplayUnavailableError, UnknownSampleError
@@ -51,6 +53,9 @@ class FakeReader:
             taken, self.ready = self.ready[:count], self.ready[count:]
         self.leased.append([capture for capture, _ in taken])
         return [make_lease(*item) for item in taken]
+
+    def reading(self, lease: SampleLease) -> AbstractContextManager[LeaseReader]:
+        return LeaseReader.by(self.read_into)(lease)
 
     def read_into(self, lease: SampleLease, index: int, place: memoryview) -> None:
         if lease.use in self.gone:
