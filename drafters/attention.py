@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 
 from drafters.batch import Span
@@ -74,11 +73,6 @@ class BlockLayout:
             return cls(block_size, mask=mask)
         return cls(block_size, tuple(_groups(spans, block_size)))
 
-    @classmethod
-    def of_one_block(cls, num_context: int, block_size: int) -> Self:
-        """One block that sees the whole context: drafting."""
-        return cls(block_size, (BlockGroup(0, 1, Span(0, num_context), None),))
-
 
 def attend_blocks(queries: Tensor, context: KeyValues, block: KeyValues, layout: BlockLayout, scale: float) -> Tensor:
     """Softmax attention of all blocks.
@@ -93,17 +87,8 @@ def attend_blocks(queries: Tensor, context: KeyValues, block: KeyValues, layout:
     Returns:
         [1, H, M·γ, d].
     """
-    num_blocks = queries.shape[2] // layout.block_size
     if layout.mask is not None:
         return attend_spans(queries, (context, block), layout.mask, scale)
-    if num_blocks == 1 and layout.groups[0].bias is None:
-        [group] = layout.groups
-        keys, values = (
-            torch.cat([rows[:, :, group.span.start : group.span.end], own], dim=2)
-            for rows, own in zip(context, block, strict=True)
-        )
-        grouped = queries.shape[1] != keys.shape[1]
-        return functional.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
     output: Tensor = _BlockAttention.apply(queries, *context, *block, layout, scale)
     return output
 

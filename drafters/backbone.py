@@ -13,29 +13,37 @@ from transformers import PretrainedConfig
 from drafters.anchors import PackedBlocks, anchor_candidates, block_inputs, block_positions
 from drafters.attention import BlockLayout, attend_blocks
 from drafters.batch import FeatureBatch
+from drafters.cached_attention import attend_cached, positions_seen
 from drafters.config import DrafterConfig
-from drafters.drafter import Drafter
+from drafters.drafter import Drafter, DraftState
 from drafters.families.family import Family
 from drafters.families.layer import DraftLayer, Rope
-from drafters.key_values import ContextCache, KeyValues
+from drafters.key_values import KeyValues, RaggedCache
 
 SCATTERED_OVER = 512
 """Positions that the ``permute_context`` control scatters context rows over."""
 
 
 @dataclass
-class BlockDraftState:
-    """Drafting of one sequence: the context that every layer has seen.
+class BlockDraftState(DraftState):
+    """Drafting of several sequences.
 
     Attributes:
-        caches: One for each layer.
-        generator: Draws positions for the ``permute_context`` control.
-        num_context: Observed rows; the next anchor's position.
+        generators: One a sequence; the ``permute_context`` control draws positions from it.
     """
 
-    caches: list[ContextCache]
-    generator: torch.Generator = field(repr=False)
-    num_context: int = 0
+    generators: list[torch.Generator] = field(default_factory=list, repr=False)
+
+    def open(self, seeds: Sequence[int]) -> None:
+        """Add sequences without context."""
+        super().open(seeds)
+        self.generators += [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        super().drop(sequence)
+        self.generators[sequence] = self.generators[-1]
+        del self.generators[-1]
 
 
 def run_layer(layer: DraftLayer, blocks: Tensor, context: KeyValues, rope: Rope, layout: BlockLayout) -> Tensor:
@@ -94,49 +102,54 @@ class BlockBackbone(Drafter):
         hidden: Tensor = self.norm(rows)
         return hidden.view(len(anchor_ids), block_size, -1)[:, self._first_slot :]
 
-    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> BlockDraftState:
-        """A state without context. Blocks are drafted whole, whatever stop tokens are in them."""
-        return BlockDraftState([ContextCache() for _ in self.layers], torch.Generator().manual_seed(seed))
+    def start_drafting(self, max_sequences: int = 1, stop_token_ids: Collection[int] = ()) -> BlockDraftState:
+        """A state without sequences. Blocks are drafted whole, whatever stop tokens are in them."""
+        return BlockDraftState(RaggedCache(max_sequences))
 
     @torch.no_grad()
-    def observe(self, state: BlockDraftState, features: Tensor, next_token_ids: Tensor) -> None:
+    def observe(
+        self, state: BlockDraftState, features: Tensor, next_token_ids: Tensor, counts: Sequence[int], first: int = 0
+    ) -> None:
         """Append context rows; the tokens that follow them are not used.
 
         Raises:
-            ValueError: ``features`` is not [R, L·D].
+            ValueError: ``features`` is not [b, R, L·D].
         """
-        if features.dim() != 2 or features.shape[1] != self.fc.in_features:
-            raise ValueError(f"features must be [R, {self.fc.in_features}], got {list(features.shape)}")
-        context = self._fuse(features[None])
-        total = state.num_context + len(features)
-        positions = torch.arange(state.num_context, total)
-        if self.settings.permute_context:
-            positions = _anywhere(len(positions), state.generator)
-        rope = self._rope(context, positions[None].to(context.device))
-        for layer, cache in zip(self._block_layers, state.caches, strict=True):
-            cache.append(layer.self_attn.keys_values(context, rope))
-        state.num_context = total
+        if features.dim() != 3 or features.shape[-1] != self.fc.in_features:
+            raise ValueError(f"features must be [b, R, {self.fc.in_features}], got {list(features.shape)}")
+        context = self._fuse(features)
+        sequences = range(first, first + len(counts))
+        positions, length = _following(state, sequences, context)
+        rope = self._rope(context, self._observed_positions(state, counts, positions, first))
+        places = state.cache.places(positions, length, first)
+        for index, layer in enumerate(self._block_layers):
+            state.cache.append(index, layer.self_attn.keys_values(context, rope), places)
+        for sequence, count in zip(sequences, counts, strict=True):
+            state.num_context[sequence] += count
 
-    def draft_hidden(self, state: BlockDraftState, anchor_id: int) -> Tensor:
-        """Backbone output of the block whose anchor follows the observed rows: [S, D].
+    def draft_hidden(self, state: BlockDraftState, anchor_ids: Tensor) -> Tensor:
+        """Backbone output of each sequence's block, whose anchor follows its observed rows: [B] → [B, S, D].
 
         Raises:
             ValueError: Nothing was observed yet.
         """
-        if not state.num_context:
-            raise ValueError("nothing observed: a proposal needs the features of the tokens before its anchor")
-        block_size = self._block_size
-        device = self.embed_tokens.weight.device
-        inputs = torch.full((1, block_size), self._mask_token_id, device=device)
-        inputs[0, 0] = anchor_id
+        self._check_observed(state)
+        inputs = anchor_ids.new_full((len(anchor_ids), self._block_size), self._mask_token_id)
+        inputs[:, 0] = anchor_ids
         blocks = self.embed_tokens(inputs)
-        positions = torch.arange(state.num_context, state.num_context + block_size, device=device)
-        rope = self._rope(blocks, positions[None])
-        layout = BlockLayout.of_one_block(state.num_context, block_size)
-        for layer, cache in zip(self._block_layers, state.caches, strict=True):
-            blocks = run_layer(layer, blocks, cache.rows(), rope, layout)
+        positions, length = _following(state, range(len(anchor_ids)), blocks)
+        # A block's rows stand where the next context will, for as long as it is being drafted.
+        places = state.cache.places(positions, length)
+        bias = positions_seen(positions[:, -1:], places.end, blocks.dtype)
+        rope = self._rope(blocks, positions)
+        for index, layer in enumerate(self._block_layers):
+            attention = layer.self_attn
+            rows = layer.input_layernorm(blocks)
+            seen = state.cache.append(index, attention.keys_values(rows, rope), places)
+            attended = attend_cached(attention.queries(rows, rope), seen, bias, attention.scaling)
+            blocks = layer.finish(blocks, attention.output(attended))
         hidden: Tensor = self.norm(blocks)
-        return hidden[0, self._first_slot :]
+        return hidden[:, self._first_slot :]
 
     @property
     def _block_layers(self) -> Iterable[DraftLayer]:
@@ -165,6 +178,17 @@ class BlockBackbone(Drafter):
     def _rope(self, like: Tensor, positions: Tensor) -> Rope:
         return Rope(*self.rotary(like, positions))
 
+    def _observed_positions(
+        self, state: BlockDraftState, counts: Sequence[int], positions: Tensor, first: int
+    ) -> Tensor:
+        """RoPE positions of observed rows, [b, R]: their own, or those of the ``permute_context`` control."""
+        if not self.settings.permute_context:
+            return positions
+        scattered = torch.zeros(positions.shape, dtype=torch.long)
+        for row, count in enumerate(counts):
+            scattered[row, :count] = _anywhere(count, state.generators[first + row])
+        return scattered.to(positions.device)
+
     def _context_positions(
         self, batch: FeatureBatch, blocks: PackedBlocks, generators: Sequence[torch.Generator]
     ) -> Tensor:
@@ -175,6 +199,14 @@ class BlockBackbone(Drafter):
         for sample, generator in zip(batch.samples, generators, strict=True):
             positions[slice(*sample)] = _anywhere(sample.end - sample.start, generator)
         return positions[blocks.context_rows]
+
+
+def _following(state: DraftState, sequences: range, rows: Tensor) -> tuple[Tensor, int]:
+    """Positions [b, R] that rows [b, R, D] have when they follow what was observed, and where the furthest ends."""
+    starts = [state.num_context[sequence] for sequence in sequences]
+    num_rows = rows.shape[1]
+    positions = torch.tensor(starts, device=rows.device)[:, None] + torch.arange(num_rows, device=rows.device)
+    return positions, max(starts) + num_rows
 
 
 def _anywhere(count: int, generator: torch.Generator) -> Tensor:

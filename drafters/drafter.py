@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 from drafters.batch import FeatureBatch
 from drafters.config import DrafterConfig
 from drafters.families.family import Family
+from drafters.key_values import RaggedCache
 from drafters.metrics import Reduce
 from drafters.projection import OutputProjection, soft_capped
 
@@ -47,15 +49,52 @@ class TrainingOutput(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens of one round.
+    """Drafted tokens of one round for B sequences.
 
     Attributes:
-        token_ids: [n] int64, 0 ≤ n ≤ γ.
-        probabilities: [n, V] float32 distributions that they were sampled from; None when greedy.
+        token_ids: [B, n] int64, 0 ≤ n ≤ γ.
+        lengths: [B] int64, how many of each sequence's n tokens are proposed; None: all of them.
+        probabilities: [B, n, V] float32 distributions that they were sampled from; None when greedy.
+        confidence: [B, n] logits of each token's acceptance, given that those before it are; None without such a head.
     """
 
     token_ids: Tensor
-    probabilities: Tensor | None
+    lengths: Tensor | None = None
+    probabilities: Tensor | None = None
+    confidence: Tensor | None = None
+
+    def shortened(self, lengths: Tensor) -> Proposal:
+        """What is left where no more than so many tokens of each sequence are proposed, [B]."""
+        lengths = lengths.clamp_max(self.token_ids.shape[1] if self.lengths is None else self.lengths)
+        longest = int(lengths.max())
+        tensors = (self.token_ids, self.probabilities, self.confidence)
+        token_ids, probabilities, confidence = (None if each is None else each[:, :longest] for each in tensors)
+        assert token_ids is not None
+        return Proposal(token_ids, lengths, probabilities, confidence)
+
+
+@dataclass
+class DraftState:
+    """Drafting of several sequences, numbered without gaps.
+
+    Attributes:
+        cache: What every layer has seen of them.
+        num_context: Observed rows of each; the position of its next anchor.
+    """
+
+    cache: RaggedCache
+    num_context: list[int] = field(default_factory=list)
+
+    def open(self, seeds: Sequence[int]) -> None:
+        """Add sequences without context. Their seeds matter to the ``permute_context`` control alone."""
+        self.num_context += [0] * len(seeds)
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        last = len(self.num_context) - 1
+        self.cache.move(last, sequence)
+        self.num_context[sequence] = self.num_context[last]
+        del self.num_context[last]
 
 
 class Drafter(nn.Module, ABC):
@@ -160,40 +199,49 @@ class Drafter(nn.Module, ABC):
         """Rows of the target's last hidden state that training reads: [B, T] → [B, T] bool."""
 
     @abstractmethod
-    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> Any:
-        """A fresh state for drafting one sequence.
+    def start_drafting(self, max_sequences: int = 1, stop_token_ids: Collection[int] = ()) -> Any:
+        """A fresh `DraftState`; `DraftState.open` adds its sequences.
 
         Args:
-            seed: Only the ``permute_context`` control uses it.
+            max_sequences: Most sequences at once.
             stop_token_ids: A drafter that drafts token by token ends a proposal after the first of these.
         """
 
     @abstractmethod
-    def observe(self, state: Any, features: Tensor, next_token_ids: Tensor) -> None:
-        """Append verified context rows to a state, which is changed in place.
+    def observe(
+        self, state: Any, features: Tensor, next_token_ids: Tensor, counts: Sequence[int], first: int = 0
+    ) -> None:
+        """Append verified context rows to b sequences of a state, which is changed in place.
 
         Args:
             state: From `start_drafting`.
-            features: [R, L·D] target features of R consecutive positions.
-            next_token_ids: [R] the token that follows each of them.
+            features: [b, R, L·D] target features of consecutive positions of each.
+            next_token_ids: [b, R] the token that follows each of them.
+            counts: How many of the R rows each sequence really has; what stands in the others is forgotten.
+            first: The first of the b sequences.
+
+        Raises:
+            ValueError: The features are not as wide as the drafter's target is.
         """
 
     @abstractmethod
     def propose(
-        self,
-        state: Any,
-        anchor_id: int,
-        *,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        confidence_threshold: float = 0.0,
+        self, state: Any, anchor_ids: Tensor, *, temperature: float = 0.0, uniforms: Tensor | None = None
     ) -> Proposal:
-        """Draft the tokens after the anchor, which stands right after the observed rows. The state does not change.
+        """Draft the tokens after each sequence's anchor, which stands right after its observed rows.
+
+        What was observed stays as it is.
 
         Args:
-            state: From `start_drafting`, with every row before the anchor observed.
-            anchor_id: The newest committed token.
+            state: From `start_drafting`, with every row before the anchors observed.
+            anchor_ids: [B] the newest committed token of every sequence.
             temperature: Of the draft distribution; below 1e-5 argmax.
-            generator: Where samples come from, on the drafter's device.
-            confidence_threshold: Above 0: cut before the first slot whose predicted acceptance is below it.
+            uniforms: [B, γ] float64 in [0, 1), which sampled tokens come from; not needed when greedy.
+
+        Raises:
+            ValueError: Nothing was observed yet.
         """
+
+    def _check_observed(self, state: DraftState) -> None:
+        if not state.num_context or not all(state.num_context):
+            raise ValueError("nothing observed: a proposal needs the features of the tokens before its anchor")

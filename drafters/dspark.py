@@ -45,6 +45,7 @@ from drafters.metrics import (
     keep_local,
     sample_rejections,
 )
+from drafters.sampling import draw_tokens
 
 
 class SlotOutputs(NamedTuple):
@@ -194,24 +195,22 @@ class DSparkDrafter(BlockBackbone):
     def propose(
         self,
         state: BlockDraftState,
-        anchor_id: int,
+        anchor_ids: Tensor,
         *,
         temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        confidence_threshold: float = 0.0,
+        uniforms: Tensor | None = None,
     ) -> Proposal:
-        """Draft γ tokens left to right, then cut before the first unsure one. Without a head the threshold is ignored.
+        """Draft γ tokens for each sequence, left to right, with the confidence of each.
 
         Raises:
             ValueError: Nothing was observed yet.
         """
-        hidden = self.draft_hidden(state, anchor_id)
+        hidden = self.draft_hidden(state, anchor_ids)
         base_logits = self.head_logits(hidden)
-        previous = torch.tensor(anchor_id, device=hidden.device)
-        markov_state = None
+        previous, markov_state = anchor_ids, None
         tokens, distributions, confidences = [], [], []
-        for slot, slot_hidden in enumerate(hidden):
-            logits, embedded = base_logits[slot], None
+        for slot in range(hidden.shape[1]):
+            slot_hidden, logits, embedded = hidden[:, slot], base_logits[:, slot], None
             if self.markov_head is not None:
                 embedded = self.markov_head.embed(previous)
                 latent, markov_state = self.markov_head.step(embedded, slot_hidden, markov_state)
@@ -219,18 +218,17 @@ class DSparkDrafter(BlockBackbone):
             if self.confidence_head is not None:
                 confidences.append(self.confidence_head(slot_hidden, embedded))
             if temperature < GREEDY_BELOW:
-                previous = logits.float().argmax()
+                previous = logits.float().argmax(dim=-1)
             else:
+                assert uniforms is not None, "sampling needs random numbers"
                 distributions.append(torch.softmax(logits.float() / temperature, dim=-1))
-                previous = torch.multinomial(distributions[-1], 1, generator=generator)[0]
+                previous = draw_tokens(distributions[-1], uniforms[:, slot])
             tokens.append(previous)
-
-        length = len(tokens)
-        if confidences and confidence_threshold > 0:
-            unsure = torch.stack(confidences).float().sigmoid() < confidence_threshold
-            length = int((~unsure).long().cumprod(0).sum())
-        probabilities = torch.stack(distributions)[:length] if distributions else None
-        return Proposal(torch.stack(tokens)[:length], probabilities)
+        return Proposal(
+            torch.stack(tokens, dim=1),
+            probabilities=torch.stack(distributions, dim=1) if distributions else None,
+            confidence=torch.stack(confidences, dim=1).float() if confidences else None,
+        )
 
     def _run_heads(self, hidden: Tensor, batch: FeatureBatch, blocks: PackedBlocks, labels: Tensor) -> SlotOutputs:
         """Markov latents and confidence of all slots, teacher-forced: slot k follows the anchor or label k − 1."""

@@ -9,7 +9,7 @@ Letters beside those of `drafters.batch`: S steps, N scored positions, W rows th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,17 +18,19 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 
 from drafters.batch import FeatureBatch, Span
+from drafters.cached_attention import attend_cached, attend_new, positions_seen
 from drafters.config import DrafterConfig
-from drafters.drafter import GREEDY_BELOW, Drafter, Proposal, TrainingOutput
-from drafters.eagle3_attention import StepKeys, StepLayout, attend_steps
+from drafters.drafter import GREEDY_BELOW, Drafter, DraftState, Proposal, TrainingOutput
+from drafters.eagle3_attention import StepKeys, StepLayout
 from drafters.eagle3_loss import Cut, SoftLosses, StepRows, fused_soft_loss, plain_soft_loss
 from drafters.eagle3_rows import PackedRows, Supervision
 from drafters.families.family import Family
 from drafters.families.layer import DraftLayer, Rope
-from drafters.key_values import ContextCache
+from drafters.key_values import RaggedCache
 from drafters.losses import Vocabulary
 from drafters.metrics import MetricSums, Reduce, keep_local, sample_rejections
 from drafters.projection import soft_capped
+from drafters.sampling import draw_tokens
 from drafters.vocabulary import check_tokens
 
 SMALLEST_COUNT = 1e-6
@@ -36,20 +38,23 @@ SMALLEST_COUNT = 1e-6
 
 
 @dataclass
-class Eagle3DraftState:
-    """Drafting of one sequence.
+class Eagle3DraftState(DraftState):
+    """Drafting of several sequences.
 
     Attributes:
-        caches: One for each layer.
         stop_token_ids: A proposal ends with the first of these.
-        num_context: Observed rows; the position of the first drafted token, if it is fed back.
-        next_hidden: [1, 1, D] output at the last observed row, which the first drafted token comes from.
+        next_hidden: [B, D] output at each sequence's last observed row, which its first drafted token comes from.
     """
 
-    caches: list[ContextCache]
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
-    num_context: int = 0
+    stop_token_ids: tuple[int, ...] = ()
     next_hidden: Tensor | None = None
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence; the last one takes its place."""
+        super().drop(sequence)
+        assert self.next_hidden is not None
+        self.next_hidden[sequence] = self.next_hidden[-1]
+        self.next_hidden = self.next_hidden[:-1]
 
 
 class Eagle3Drafter(Drafter):
@@ -217,70 +222,81 @@ class Eagle3Drafter(Drafter):
             draft_logits = logits.view(len(hidden), *batch.input_ids.shape, -1)
         return TrainingOutput(loss, means, rejections, draft_logits=draft_logits)
 
-    def start_drafting(self, seed: int = 0, stop_token_ids: Collection[int] = ()) -> Eagle3DraftState:
-        """A state without context; the seed is not used.
+    def start_drafting(self, max_sequences: int = 1, stop_token_ids: Collection[int] = ()) -> Eagle3DraftState:
+        """A state without sequences.
 
         Args:
-            seed: Not used.
+            max_sequences: Most sequences at once.
             stop_token_ids: Proposals end with the first of these that is drafted.
         """
-        return Eagle3DraftState([ContextCache() for _ in self.layers], frozenset(stop_token_ids))
+        return Eagle3DraftState(RaggedCache(max_sequences), stop_token_ids=tuple(stop_token_ids))
 
     @torch.no_grad()
-    def observe(self, state: Eagle3DraftState, features: Tensor, next_token_ids: Tensor) -> None:
+    def observe(
+        self, state: Eagle3DraftState, features: Tensor, next_token_ids: Tensor, counts: Sequence[int], first: int = 0
+    ) -> None:
         """Append rows: features of a position beside the token that follows it.
 
         Raises:
-            ValueError: ``features`` is not [R, L·D] with R tokens beside it, or R is 0.
+            ValueError: ``features`` is not [b, R, L·D] with [b, R] tokens beside it, or a sequence gets no row.
         """
         width = self.fc.in_features
-        if features.dim() != 2 or features.shape[1] != width or next_token_ids.shape != features.shape[:1]:
+        if features.dim() != 3 or features.shape[-1] != width or next_token_ids.shape != features.shape[:2]:
             raise ValueError(
-                f"features must be [R, {width}] with [R] next tokens, got {list(features.shape)} with "
+                f"features must be [b, R, {width}] with [b, R] next tokens, got {list(features.shape)} with "
                 f"{list(next_token_ids.shape)}"
             )
-        if not len(features):
-            raise ValueError("nothing to observe: give at least one row of features")
-        hidden = self.fc(features.to(self.fc.weight.dtype))[None]
-        state.next_hidden = self._extend(state.caches, next_token_ids[None], hidden, state.num_context)[:, -1:]
-        state.num_context += len(features)
+        if not all(counts):
+            raise ValueError("nothing to observe: give at least one row of features for each sequence")
+        hidden = self.fc(features.to(self.fc.weight.dtype))
+        starts = state.num_context[first : first + len(counts)]
+        outputs = self._extend(state, next_token_ids, hidden, starts, first)
+        last_rows = torch.tensor(counts, device=outputs.device) - 1
+        newest = outputs[torch.arange(len(counts), device=outputs.device), last_rows]
+        state.next_hidden = _replaced(state.next_hidden, newest, first)
+        for row, count in enumerate(counts, start=first):
+            state.num_context[row] += count
 
     @torch.no_grad()
     def propose(
         self,
         state: Eagle3DraftState,
-        anchor_id: int,
+        anchor_ids: Tensor,
         *,
         temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-        confidence_threshold: float = 0.0,
+        uniforms: Tensor | None = None,
     ) -> Proposal:
-        """Draft ``ttt_length`` tokens one after another, fewer if one is a stop token.
+        """Draft ``ttt_length`` tokens one after another; fewer are proposed where one is a stop token.
 
-        The anchor itself was observed already, as the token that follows the last row; the threshold is not used.
+        The anchors themselves were observed already, as the tokens that follow the last rows.
 
         Raises:
             ValueError: Nothing was observed yet.
         """
-        if state.next_hidden is None:
-            raise ValueError("nothing observed: a proposal needs the features of the tokens before its anchor")
-        hidden = state.next_hidden
+        self._check_observed(state)
+        assert state.next_hidden is not None
+        hidden = state.next_hidden[:, None]
         tokens: list[Tensor] = []
         distributions = []
-        for position in range(state.num_context, state.num_context + self.settings.ttt_length):
+        for step in range(self.settings.ttt_length):
             if tokens:
-                hidden = self._extend(state.caches, tokens[-1].view(1, 1), hidden, position - 1)
-            logits = self.head_logits(self.norm(hidden))[0, 0].float()
+                starts = [num_context + step - 1 for num_context in state.num_context]
+                hidden = self._extend(state, tokens[-1][:, None], hidden, starts)
+            logits = self.head_logits(self.norm(hidden))[:, 0].float()
             if temperature < GREEDY_BELOW:
-                tokens.append(logits.argmax())
+                tokens.append(logits.argmax(dim=-1))
             else:
+                assert uniforms is not None, "sampling needs random numbers"
                 distributions.append(torch.softmax(logits / temperature, dim=-1))
-                tokens.append(torch.multinomial(distributions[-1], 1, generator=generator)[0])
-            if state.stop_token_ids and int(tokens[-1]) in state.stop_token_ids:
-                break
-        for cache in state.caches:
-            cache.crop(state.num_context)
-        return Proposal(torch.stack(tokens), torch.stack(distributions) if distributions else None)
+                tokens.append(draw_tokens(distributions[-1], uniforms[:, step]))
+        proposal = Proposal(
+            torch.stack(tokens, dim=1), probabilities=torch.stack(distributions, dim=1) if distributions else None
+        )
+        if not state.stop_token_ids:
+            return proposal
+        stops = torch.tensor(state.stop_token_ids, device=proposal.token_ids.device)
+        before = torch.isin(proposal.token_ids, stops).long().cumsum(dim=1)[:, :-1] == 0
+        return proposal.shortened(1 + before.sum(dim=1))
 
     @property
     def _draft_layers(self) -> Iterable[DraftLayer]:
@@ -320,20 +336,38 @@ class Eagle3Drafter(Drafter):
             outputs.append(hidden)
         return outputs
 
-    def _extend(self, caches: list[ContextCache], token_ids: Tensor, hidden: Tensor, position: int) -> Tensor:
-        """Run rows that follow what is cached, from a position on, and cache them: [1, R], [1, R, D] → [1, R, D]."""
+    def _extend(
+        self, state: Eagle3DraftState, token_ids: Tensor, hidden: Tensor, starts: Sequence[int], first: int = 0
+    ) -> Tensor:
+        """Run rows of b sequences, from a position on in each, and cache them: [b, R], [b, R, D] → [b, R, D]."""
+        num_rows = hidden.shape[1]
         embedded = self.embed_tokens(token_ids.to(self.embed_tokens.weight.device))
-        rope = self._rope(hidden, torch.arange(position, position + hidden.shape[1], device=hidden.device))
-        for layer, cache in zip(self._draft_layers, caches, strict=True):
+        offsets = torch.arange(num_rows, device=hidden.device)
+        positions = torch.tensor(starts, device=hidden.device)[:, None] + offsets
+        rope = Rope(*self.rotary(hidden, positions))
+        places = state.cache.places(positions, max(starts) + num_rows, first)
+        bias = positions_seen(positions, places.end, hidden.dtype) if any(starts) else None
+        for index, layer in enumerate(self._draft_layers):
             rows = _wide_rows(layer, embedded, hidden)
-            cache.append(layer.self_attn.keys_values(rows, rope))
-            attended = attend_steps(layer.self_attn.queries(rows, rope), cache.rows(), (), layer.self_attn.scaling)
+            queries, own = layer.self_attn.queries(rows, rope), layer.self_attn.keys_values(rows, rope)
+            seen = state.cache.append(index, own, places)
+            if bias is None:  # nothing is cached yet: rows see rows
+                attended = attend_new(queries, own, layer.self_attn.scaling)
+            else:
+                attended = attend_cached(queries, seen, bias, layer.self_attn.scaling)
             hidden = layer.finish(hidden, layer.self_attn.output(attended))
         return hidden
 
     def _rope(self, like: Tensor, places: Tensor) -> Rope:
         """Rotation to places [rows]."""
         return Rope(*self.rotary(like, places[None]))
+
+
+def _replaced(rows: Tensor | None, new: Tensor, first: int) -> Tensor:
+    """Rows [B, D] with new ones from a place on, which may be past the end."""
+    if rows is None or (first == 0 and len(new) >= len(rows)):
+        return new
+    return torch.cat([rows[:first], new, rows[first + len(new) :]])
 
 
 def _wide_rows(layer: DraftLayer, embedded: Tensor, hidden: Tensor) -> Tensor:

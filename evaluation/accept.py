@@ -4,31 +4,31 @@ A draft x stays with probability min(1, p_target(x) / p_draft(x)), left to right
 next token is then drawn from max(0, p_target − p_draft), normalised, or from the target's last row if all stayed. The
 committed tokens are distributed exactly as the target's own (Leviathan et al. 2023; specs "Decoding, all drafters").
 
-Shapes: n drafts, V vocabulary. All distributions are float32, on both sides: two roundings of the same logits are two
-distributions, and acceptance between them is not lossless.
+Shapes: B sequences, n drafts, V vocabulary. All distributions are float32, on both sides: two roundings of the same
+logits are two distributions, and acceptance between them is not lossless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drafters.drafter import GREEDY_BELOW
+from drafters.drafter import GREEDY_BELOW, Proposal
+from drafters.sampling import draw_tokens
 
 SMALLEST_PROBABILITY = 1e-8
 """p_draft is at least this in the ratio; a residual of at most this mass is rounding, not a distribution."""
 
 
-class Verdict(NamedTuple):
-    """What one verification decided."""
+class Verdicts(NamedTuple):
+    """What one verification decided for each sequence."""
 
-    num_accepted: int
-    """Drafts that stay, counted from the left."""
-    next_token: int
-    """The token after them: the bonus token if all stayed, else the correction."""
+    num_accepted: Tensor
+    """[B] drafts that stay, counted from the left."""
+    next_tokens: Tensor
+    """[B] the token after them: the bonus token if all stayed, else the correction."""
 
 
 def is_greedy(temperature: float) -> bool:
@@ -49,47 +49,48 @@ def distribution(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | None) -> int:
-    """One token from a distribution [V]."""
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-def verify_greedy(drafts: Sequence[int], target_choices: Sequence[int]) -> Verdict:
+def verify_greedy(proposal: Proposal, target_choices: Tensor) -> Verdicts:
     """The rule with one-hot distributions: a draft stays if it is the target's own choice.
 
     Args:
-        drafts: n draft tokens.
-        target_choices: n + 1 tokens, the target's argmax after the anchor and after each draft.
+        proposal: Up to n drafts a sequence.
+        target_choices: [B, n + 1] the target's argmax after the anchor and after each draft.
     """
-    num_accepted = 0
-    for draft, choice in zip(drafts, target_choices, strict=False):
-        if draft != choice:
-            break
-        num_accepted += 1
-    return Verdict(num_accepted, target_choices[num_accepted])
+    num_accepted = _leading(proposal.token_ids == target_choices[:, :-1], proposal)
+    return Verdicts(num_accepted, target_choices.gather(1, num_accepted[:, None])[:, 0])
 
 
-def verify_sampled(
-    drafts: Tensor, p_draft: Tensor, p_target: Tensor, generator: torch.Generator | None = None
-) -> Verdict:
+def verify_sampled(proposal: Proposal, p_target: Tensor, uniforms: Tensor) -> Verdicts:
     """The rule above temperature 0.
 
     Args:
-        drafts: [n] int64, each drawn from its row of `p_draft`.
-        p_draft: [n, V] float32, what the drafts were drawn from.
-        p_target: [n + 1, V] float32, the target after the anchor and after each draft.
-        generator: Source of the uniform numbers and of the next token.
+        proposal: Up to n drafts a sequence, each drawn from its row of `proposal.probabilities`.
+        p_target: [B, n + 1, V] float32, the target after the anchor and after each draft.
+        uniforms: [B, n + 1] float64 in [0, 1): one for each draft, one for the next token.
     """
-    num_drafts = drafts.shape[0]
-    if num_drafts == 0:
-        return Verdict(0, draw(p_target[0], generator))
-    rows = torch.arange(num_drafts, device=drafts.device)
-    ratio = p_target[rows, drafts] / p_draft[rows, drafts].clamp_min(SMALLEST_PROBABILITY)
-    uniform = torch.rand(num_drafts, generator=generator, device=drafts.device)
-    num_accepted = int((uniform < ratio).int().cumprod(0).sum())
-    if num_accepted == num_drafts:
-        return Verdict(num_accepted, draw(p_target[num_drafts], generator))
-    residual = (p_target[num_accepted] - p_draft[num_accepted]).clamp_min_(0)
-    if float(residual.sum()) <= SMALLEST_PROBABILITY:
-        residual = p_target[num_accepted]
-    return Verdict(num_accepted, draw(residual, generator))
+    drafts, p_draft = proposal.token_ids, proposal.probabilities
+    num_drafts = drafts.shape[1]
+    if not num_drafts:
+        return Verdicts(drafts.new_zeros(len(drafts)), draw_tokens(p_target[:, 0], uniforms[:, 0]))
+    assert p_draft is not None, "a drafter returns probabilities above temperature 0"
+    ratio = _of(drafts, p_target[:, :-1]) / _of(drafts, p_draft).clamp_min(SMALLEST_PROBABILITY)
+    num_accepted = _leading(uniforms[:, :-1] < ratio, proposal)
+    sequences = torch.arange(len(drafts), device=drafts.device)
+    next_row = p_target[sequences, num_accepted]
+    rejected = num_accepted < (num_drafts if proposal.lengths is None else proposal.lengths)
+    residual = (next_row - p_draft[sequences, num_accepted.clamp_max(num_drafts - 1)]).clamp_min_(0)
+    has_mass = rejected & (residual.sum(dim=-1) > SMALLEST_PROBABILITY)
+    residual = torch.where(has_mass[:, None], residual, next_row)
+    return Verdicts(num_accepted, draw_tokens(residual, uniforms[:, -1]))
+
+
+def _of(drafts: Tensor, probabilities: Tensor) -> Tensor:
+    """Probability of each draft: [B, n], [B, n, V] → [B, n]."""
+    return probabilities.gather(2, drafts[..., None])[..., 0]
+
+
+def _leading(stays: Tensor, proposal: Proposal) -> Tensor:
+    """How many proposed drafts stay before the first that does not: [B, n] bool → [B]."""
+    if proposal.lengths is not None:
+        stays = stays & (torch.arange(stays.shape[1], device=stays.device) < proposal.lengths[:, None])
+    return stays.long().cumprod(dim=1).sum(dim=1)

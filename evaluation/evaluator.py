@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drafters.checkpoint import load_drafter
 from drafters.drafter import Drafter
-from drafters.registry import find_family
 from evaluation.accept import is_greedy
 from evaluation.config import EvaluationConfig
-from evaluation.decode import SpeculativeOutput, greedy_generate, speculative_generate
+from evaluation.decode import SpeculativeOutput, plain_generate, speculative_generate
+from evaluation.fitting import check_fits, context_tokens
 from evaluation.lossless import find_divergence
 from evaluation.report import Divergence, Report, summarize
 from services.errors import CheckpointError, PromptError, TargetError
 from services.models import find_model
 from services.stop_tokens import find_stop_token_ids
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -47,7 +50,7 @@ class Evaluator:
             dtype: Of target and drafter: float32, bfloat16 or float16.
 
         Raises:
-            PromptError: There is no prompt to decode, or one is empty.
+            PromptError: There is no prompt to decode, one is empty, or all are longer than the target's context.
             TargetError: The target cannot be loaded.
         """
         self._prompts = prompts[: config.max_samples]
@@ -67,7 +70,8 @@ class Evaluator:
         folder = find_model(model, weights=True)
         self._target = _load_target(folder, self._dtype, self._device)
         self._stop_token_ids = find_stop_token_ids(folder) if stop_token_ids is None else tuple(stop_token_ids)
-        self._references: dict[int, list[int]] = {}
+        self._num_skipped = self._skip_too_long()
+        self._references: list[list[int]] | None = None
 
     def evaluate(self, checkpoint: str, label: str) -> Report:
         """Decode every prompt with the drafter of a native checkpoint folder.
@@ -95,6 +99,7 @@ class Evaluator:
             stop_token_ids=self._stop_token_ids,
             confidence_threshold=config.confidence_threshold,
             seed=config.seed,
+            batch_size=config.batch_size,
         )
         seconds = time.perf_counter() - began_s
         if not any(output.accepted_lengths):
@@ -113,35 +118,59 @@ class Evaluator:
             num_tokens=sum(map(len, output.output_ids)) - sum(map(len, self._prompts)),
             seconds=seconds,
             divergences=self._divergences(output) if is_greedy(config.temperature) else None,
+            num_skipped=self._num_skipped,
         )
+
+    def _skip_too_long(self) -> int:
+        """Leave out prompts longer than the target's context; returns how many there were."""
+        longest = context_tokens(self._target)
+        lengths = [len(prompt) for prompt in self._prompts]
+        if longest is None or max(lengths) <= longest:
+            return 0
+        self._prompts = [prompt for prompt in self._prompts if len(prompt) <= longest]
+        num_skipped = len(lengths) - len(self._prompts)
+        if not self._prompts:
+            raise PromptError(
+                f"all {num_skipped} held-out prompts are longer than the target's context of {longest} tokens (the "
+                f"longest has {max(lengths)}): give shorter ones"
+            )
+        logger.warning(
+            "%d of %d held-out prompts are longer than the target's context of %d tokens and are skipped",
+            num_skipped,
+            len(lengths),
+            longest,
+        )
+        return num_skipped
 
     def _load_drafter(self, checkpoint: str) -> Drafter:
         try:
             drafter = load_drafter(checkpoint, dtype=self._dtype)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot load the drafter at {checkpoint}: {error}") from error
-        _check_fits(drafter, self._target, checkpoint)
+        try:
+            check_fits(drafter, self._target, f"the drafter at {checkpoint}")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         return drafter.to(self._device)
 
     def _divergences(self, output: SpeculativeOutput) -> list[Divergence]:
         found = (
-            find_divergence(
-                self._target, ours, self._reference(sample), sample=sample, num_prompt_tokens=len(self._prompts[sample])
-            )
-            for sample, ours in enumerate(output.output_ids)
+            find_divergence(self._target, ours, own, sample=sample, num_prompt_tokens=len(self._prompts[sample]))
+            for sample, (ours, own) in enumerate(zip(output.output_ids, self._own_output(), strict=True))
         )
         return [divergence for divergence in found if divergence is not None]
 
-    def _reference(self, sample: int) -> list[int]:
-        """The target's own greedy output for one prompt, prompt included."""
-        if sample not in self._references:
-            self._references[sample] = greedy_generate(
+    def _own_output(self) -> list[list[int]]:
+        """The target's own greedy output for each prompt, prompt included."""
+        if self._references is None:
+            self._references = plain_generate(
                 self._target,
-                self._prompts[sample],
+                self._prompts,
                 max_new_tokens=self._config.max_new_tokens,
                 stop_token_ids=self._stop_token_ids,
+                batch_size=self._config.batch_size,
             )
-        return self._references[sample]
+        return self._references
 
 
 def _load_target(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -151,25 +180,3 @@ def _load_target(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
         raise TargetError(f"cannot load the target at {folder} for evaluation: {error}") from error
     nn.Module.to(model, device)  # transformers wraps its own `to` in a type that mypy cannot call
     return model.eval()
-
-
-def _check_fits(drafter: Drafter, target: PreTrainedModel, checkpoint: str) -> None:
-    config = target.config.get_text_config()
-    if find_family(drafter.target_model_type) is not find_family(config.model_type):
-        raise CheckpointError(
-            f"the drafter at {checkpoint} was made for a {drafter.target_model_type} target, this one is a "
-            f"{config.model_type}: drafters serve the family that they were trained with"
-        )
-    for name in ("vocab_size", "hidden_size"):
-        ours, targets = getattr(drafter.config, name), getattr(config, name)
-        if ours != targets:
-            raise CheckpointError(
-                f"the drafter at {checkpoint} has {name} {ours}, the target has {targets}: "
-                "it was made for another target"
-            )
-    layer_ids = drafter.settings.target_layer_ids or ()
-    if max(layer_ids) > config.num_hidden_layers - 1:
-        raise CheckpointError(
-            f"the drafter at {checkpoint} reads target layers {list(layer_ids)}, the target has "
-            f"{config.num_hidden_layers} layers: it was made for another target"
-        )

@@ -51,6 +51,8 @@ class Report(Record):
     lossless: bool | None
     """Whether greedy output equals the target's own (float32: token for token); None above temperature 0."""
     first_divergence: Divergence | None
+    num_skipped: int = 0
+    """Prompts left out because the target's context is shorter."""
 
 
 def summarize(
@@ -65,11 +67,13 @@ def summarize(
     num_tokens: int,
     seconds: float,
     divergences: Sequence[Divergence] | None,
+    num_skipped: int = 0,
 ) -> Report:
     """Put the figures of one evaluation together.
 
     Args:
         divergences: The first divergence of each sample that has one; None if the output was not checked.
+        num_skipped: Prompts that were left out.
 
     Raises:
         ValueError: There was no round.
@@ -91,4 +95,5 @@ def summarize(
         seconds=seconds,
         lossless=None if divergences is None else all(found.within_rounding for found in divergences),
         first_divergence=worst_first[0] if worst_first else None,
+        num_skipped=num_skipped,
     )

@@ -21,8 +21,8 @@ from trainer.cluster import Part, check_fits, result_of, start_part, wait_starte
 from trainer.output import replace_text
 from trainer.recipe import Recipe
 
-WHERE = {"num_gpus", "threads"}
-"""Settings that say where decoding runs, and nothing of what it finds."""
+HOW = {"num_gpus", "threads", "batch_size"}
+"""Settings that say how decoding runs, and nothing of what it finds."""
 
 
 class _Entry(Record):
@@ -46,7 +46,7 @@ class Evaluations:
         self._model = target_folder
         self._log = log
         self._place = place
-        self._settings = recipe.evaluation.model_dump(exclude=WHERE) | {"heldout": recipe.prompts.heldout}
+        self._settings = recipe.evaluation.model_dump(exclude=HOW) | {"heldout": recipe.prompts.heldout}
         self._reports = {report.label: report for report in self._read()}
         self._evaluator: Part | None = None
         self._pending: dict[Any, str] = {}

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from drafters import build_drafter, load_drafter, save_drafter
-from evaluation import EvaluationConfig, Evaluator, greedy_generate, speculative_generate
+from evaluation import EvaluationConfig, Evaluator, greedy_generate, plain_generate, speculative_generate
 from services.errors import CheckpointError
 
 CASE = Path(__file__).parents[1] / "golden" / "decode_dspark_qwen3"
@@ -84,9 +84,12 @@ def test_rounds_equal_the_reference(tmp_path, name, threshold, num_prompts):
 
 
 def test_own_greedy_output_equals_the_reference(target):
-    for result in BY_THRESHOLD[0.0]:
-        own = greedy_generate(target, result["prompt"], max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=STOPS)
-        assert own == result["output_ids"]
+    prompts = [result["prompt"] for result in BY_THRESHOLD[0.0]]
+    expected = [result["output_ids"] for result in BY_THRESHOLD[0.0]]
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "stop_token_ids": STOPS}
+    assert [greedy_generate(target, prompt, **options) for prompt in prompts] == expected
+    assert plain_generate(target, prompts, **options) == expected
+    assert plain_generate(target, prompts, batch_size=4, **options) == expected
 
 
 def test_sampled_output_is_distributed_as_the_targets(target, drafter):
@@ -168,7 +171,7 @@ def test_evaluator_claims_nothing_about_sampled_output(checkpoint):
 
 def test_evaluator_finds_where_output_leaves_the_targets(checkpoint):
     evaluator = make_evaluator(max_samples=2)
-    own = list(evaluator._reference(1))
+    own = list(evaluator._own_output()[1])
     evaluator._references[1] = [*own[:10], own[10] + 1, *own[11:]]
     report = evaluator.evaluate(str(checkpoint), "tampered")
     assert report.lossless is False

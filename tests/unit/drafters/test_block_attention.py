@@ -75,7 +75,7 @@ def test_a_block_without_context_sees_itself_alone():
 
 def test_one_block_sees_the_whole_context():
     queries, context, block = random_rows(1, 7)
-    ours = attend_blocks(queries, context, block, BlockLayout.of_one_block(7, BLOCK), 0.3)
+    ours = attend_blocks(queries, context, block, BlockLayout.of_spans([Span(0, 7)], 7, BLOCK, CPU), 0.3)
     torch.testing.assert_close(ours, plain_attention(queries, context, block, [Span(0, 7)], 0.3))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from one_sequence import OneSequence
 from torch.nn import functional
 
 from drafters.anchors import Anchors
@@ -16,9 +17,9 @@ def anchors_at(*positions):
 
 
 def observed(drafter, batch, num_rows):
-    state = drafter.start_drafting()
-    drafter.observe(state, batch.target_hidden_states[0, :num_rows], batch.input_ids[0, 1 : num_rows + 1])
-    return state
+    sequence = OneSequence(drafter)
+    sequence.observe(batch.target_hidden_states[0, :num_rows], batch.input_ids[0, 1 : num_rows + 1])
+    return sequence
 
 
 def test_loss_is_cross_entropy_alone(make_drafter, make_batch):
@@ -91,7 +92,7 @@ def test_masks_alone_predict_with_the_same_inputs_one_slot_later(make_drafter, m
 def test_proposal_is_the_argmax_of_the_training_logits(make_drafter, make_batch, algorithm, sample_from_anchor):
     drafter = make_drafter(algorithm=algorithm, sample_from_anchor=sample_from_anchor).eval()
     batch, anchor = make_batch(20), 9
-    proposal = drafter.propose(observed(drafter, batch, anchor), int(batch.input_ids[0, anchor])).token_ids
+    proposal = observed(drafter, batch, anchor).propose(int(batch.input_ids[0, anchor])).token_ids
     assert len(proposal) == drafter.settings.num_drafts == (4 if sample_from_anchor else 3)
     batch.input_ids[0, anchor + 1 : anchor + 1 + len(proposal)] = proposal
     logits = drafter.training_forward(batch, anchors=anchors_at(anchor), return_logits=True).draft_logits[0, 0]
@@ -101,11 +102,10 @@ def test_proposal_is_the_argmax_of_the_training_logits(make_drafter, make_batch,
 def test_proposal_does_not_depend_on_how_its_context_was_observed(make_drafter, make_batch):
     drafter, batch = make_drafter(algorithm="dflash").eval(), make_batch(40)
     whole = observed(drafter, batch, 30)
-    pieces = drafter.start_drafting()
+    pieces = OneSequence(drafter)
     for start, end in ((0, 11), (11, 12), (12, 30)):
-        drafter.observe(pieces, batch.target_hidden_states[0, start:end], batch.input_ids[0, start + 1 : end + 1])
-    ours, theirs = (drafter.propose(state, 3, temperature=1.0, generator=torch.Generator().manual_seed(1))
-                    for state in (pieces, whole))  # fmt: skip
+        pieces.observe(batch.target_hidden_states[0, start:end], batch.input_ids[0, start + 1 : end + 1])
+    ours, theirs = (sequence.propose(3, temperature=1.0, seed=1) for sequence in (pieces, whole))
     assert torch.equal(ours.token_ids, theirs.token_ids)
     torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=1e-4, atol=1e-6)
 

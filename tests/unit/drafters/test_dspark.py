@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from one_sequence import OneSequence
 
 from drafters import FeatureBatch
 from drafters.anchors import Anchors, PackedBlocks
@@ -390,12 +391,12 @@ def test_control_draws_positions_alike_in_training_and_drafting(make_drafter, ma
     generators = [torch.Generator().manual_seed(5)]
     blocks = PackedBlocks.of(Anchors(torch.tensor([[8]]), torch.ones(1, 1, dtype=torch.bool)), batch.samples)
     positions = drafter._context_positions(batch, blocks, generators)
-    state = drafter.start_drafting(seed=5)
+    sequence = OneSequence(drafter, seed=5)
     features = batch.target_hidden_states[0, :9]
-    drafter.observe(state, features, torch.zeros(9))
+    sequence.observe(features, torch.zeros(9))
     context = drafter._fuse(features[:8][None])
     keys = drafter.layers[0].self_attn.keys_values(context, drafter._rope(context, positions[None])).keys
-    torch.testing.assert_close(state.caches[0].rows().keys[:, :, :8], keys)
+    torch.testing.assert_close(sequence.keys_values().keys[:, :, :8], keys)
 
 
 def test_importance_multiplies_the_loss_of_its_sample_and_nothing_else(make_drafter, make_batch):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from one_sequence import OneSequence
 from transformers import Gemma4TextConfig, LlamaConfig, Qwen3Config
 
 from drafters import FeatureBatch, build_drafter, load_drafter, save_drafter
@@ -124,12 +125,12 @@ def test_training_equals_drafting_by_hand_over_all_positions():
     ids = batch.input_ids[0]
     for place in range(4):
         # drafting from this position: every earlier one is observed, later tokens are fed back
-        state = drafter.start_drafting()
-        drafter.observe(state, batch.target_hidden_states[0, : place + 1], ids[1 : place + 2])
-        hidden = state.next_hidden
+        sequence = OneSequence(drafter)
+        sequence.observe(batch.target_hidden_states[0, : place + 1], ids[1 : place + 2])
+        hidden = sequence.state.next_hidden[:, None]
         for step in range(NUM_STEPS):
             torch.testing.assert_close(drafter.head_logits(drafter.norm(hidden))[0, 0], logits[step, place])
-            hidden = drafter._extend(state.caches, ids[place + 2 + step].view(1, 1), hidden, place + 1 + step)
+            hidden = drafter._extend(sequence.state, ids[place + 2 + step].view(1, 1), hidden, [place + 1 + step])
 
 
 def test_loss_of_one_position_by_hand():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_sequence import OneSequence
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -313,10 +314,10 @@ def test_keys_do_not_depend_on_how_many_places_are_rotated_at_once(rope):
     drafter, features = make_drafter(target).eval(), torch.randn(20, 3 * SIZES["hidden_size"])
     keys = []
     for size in (20, 1):
-        state = drafter.start_drafting()
+        sequence = OneSequence(drafter)
         for rows in features.split(size):
-            drafter.observe(state, rows, torch.zeros(len(rows)))
-        keys.append(state.caches[0].rows().keys)
+            sequence.observe(rows, torch.zeros(len(rows)))
+        keys.append(sequence.keys_values().keys)
     torch.testing.assert_close(*keys)
     assert drafter.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
 

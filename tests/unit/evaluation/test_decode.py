@@ -115,7 +115,7 @@ def test_rejected_stop_token_does_not_end_the_row(target, own_output):
 def test_drafter_observes_features_of_committed_tokens_only(target, own_output):
     drafter = oracle(own_output, wrong_slot=1)
     speculative_generate(target, drafter, [PROMPT], max_new_tokens=7)
-    state = drafter.states[0]
+    state = drafter.observed[0]
     # prompt (4 rows), then rounds of 2 committed tokens while start < 7: 4 of them
     assert [len(rows) for rows in state.features] == [4, 2, 2, 2, 2]
     assert state.next_tokens == own_output[1:13]

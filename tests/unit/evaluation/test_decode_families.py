@@ -128,9 +128,9 @@ def test_verified_features_are_those_of_one_pass_over_the_output(target, prompts
     ).eval()
     seen, observe = [], drafter.observe
 
-    def keep(state, features, next_token_ids):
-        seen.append(features.clone())
-        observe(state, features, next_token_ids)
+    def keep(state, features, next_token_ids, counts, first):
+        seen.append(features[0, : counts[0]].clone())
+        observe(state, features, next_token_ids, counts, first)
 
     drafter.observe = keep
     output = speculative_generate(target, drafter, prompts[:1], max_new_tokens=24)
