@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_sequence import OneSequence
 from safetensors.torch import load_file, save_file
 
 from drafters import FeatureBatch, load_drafter, save_drafter
@@ -33,11 +34,11 @@ def batch_of(length=20, seed=3):
 
 
 def observed(drafter, num_rows=6):
-    state = drafter.start_drafting()
+    sequence = OneSequence(drafter)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(num_rows, 5 * HIDDEN, generator=generator)
-    drafter.observe(state, features, torch.arange(1, num_rows + 1))
-    return state
+    sequence.observe(features, torch.arange(1, num_rows + 1))
+    return sequence
 
 
 def test_most_frequent_tokens_are_kept_with_ties_to_the_lower_id():
@@ -101,8 +102,7 @@ def test_block_drafters_have_no_cut(make_drafter):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_only_kept_tokens_are_drafted_by_the_targets_own_ids(make_drafter, temperature):
     drafter = cut_drafter(make_drafter).eval()
-    generator = torch.Generator().manual_seed(0)
-    proposal = drafter.propose(observed(drafter), 6, temperature=temperature, generator=generator)
+    proposal = observed(drafter).propose(6, temperature=temperature)
     assert set(proposal.token_ids.tolist()) <= set(KEPT)
     if temperature:
         outside = [token for token in range(VOCAB) if token not in KEPT]
@@ -136,7 +136,7 @@ def test_drafting_sees_a_head_that_was_replaced(make_drafter):
 def test_loss_after_decoding_has_gradients(make_drafter):
     drafter = cut_drafter(make_drafter).eval()
     with torch.inference_mode():
-        drafter.propose(observed(drafter), 6)
+        observed(drafter).propose(6)
     drafter.training_forward(batch_of(), return_logits=True).loss.backward()
     assert drafter.fc.weight.grad.abs().sum() > 0
 

@@ -5,6 +5,7 @@ import torch
 from tiny_decoding import tiny_target
 
 from drafters import build_drafter
+from drafters.drafter import Proposal
 from evaluation import greedy_generate, speculative_generate
 from evaluation.accept import verify_sampled
 
@@ -49,11 +50,11 @@ def test_sampled_output_contains_what_the_drafter_cannot_say(seed):
 def test_committed_tokens_have_the_targets_distribution_where_the_draft_has_zeros():
     p_target = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.25] * 4])
     p_draft = torch.tensor([[0.5, 0.0, 0.5, 0.0]])
-    generator = torch.Generator().manual_seed(7)
-    counts = torch.zeros(4)
-    for _ in range(20_000):
-        draft = torch.multinomial(p_draft[0], 1, generator=generator)
-        verdict = verify_sampled(draft, p_draft, p_target, generator)
-        counts[int(draft) if verdict.num_accepted else verdict.next_token] += 1
+    generator, num_trials = torch.Generator().manual_seed(7), 20_000
+    drafts = torch.multinomial(p_draft[0], num_trials, replacement=True, generator=generator)[:, None]
+    uniforms = torch.rand(num_trials, 2, dtype=torch.float64, generator=generator)
+    proposal = Proposal(drafts, probabilities=p_draft.expand(num_trials, 1, -1))
+    verdicts = verify_sampled(proposal, p_target.expand(num_trials, -1, -1), uniforms)
+    committed = torch.where(verdicts.num_accepted > 0, drafts[:, 0], verdicts.next_tokens)
     # Standard error of each share is below 0.0035.
-    torch.testing.assert_close(counts / counts.sum(), p_target[0], rtol=0, atol=0.015)
+    torch.testing.assert_close(committed.bincount(minlength=4) / num_trials, p_target[0], rtol=0, atol=0.015)
