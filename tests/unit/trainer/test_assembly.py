@@ -191,7 +191,8 @@ def test_on_cuda_micro_batches_are_copied_from_memory_that_is_used_again(wire_dt
     device = torch.device("cuda", 0)
     store = Store(wire_dtype)
     samples = [store.add(number, 40 + number, list(range(5, 30)), chunk_rows=7) for number in range(12)]
-    assembler = Assembler(store.read_into, store.signature, device=device, dtype=torch.bfloat16)
+    read = LeaseReader.by(store.read_into)
+    assembler = Assembler(read, store.signature, device=device, dtype=torch.bfloat16)
     batches = [assembler.assemble([sample.lease], [number]) for number, sample in enumerate(samples)]
     for number, (batch, sample) in enumerate(zip(batches, samples, strict=True)):
         batch.wait_until_there()
