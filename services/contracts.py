@@ -229,6 +229,17 @@ class SampleLease(LeaseName):
         return self.lease_id.partition(".")[0]
 
 
+class Traffic(Record):
+    """What captures that were committed brought over the wire."""
+
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+    def plus(self, num_tokens: int, num_bytes: int) -> Traffic:
+        """With one capture more."""
+        return Traffic(num_tokens=self.num_tokens + num_tokens, num_bytes=self.num_bytes + num_bytes)
+
+
 class StepLease(Record):
     """What the coordinator grants one optimizer step; the same numbers for every rank.
 

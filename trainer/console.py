@@ -30,6 +30,7 @@ from rich.text import Text
 
 from services.contracts import Event
 from trainer.summary import Summary, format_bytes
+from trainer.traffic import FeatureTraffic
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between progress lines where there is no terminal."""
@@ -208,6 +209,7 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("tokens", f"{summary.tokens_captured:,} captured, {summary.tokens_trained:,} trained")
     peak, allowed = format_bytes(summary.peak_buffer_bytes), format_bytes(summary.buffer_capacity_bytes)
     table.add_row("features in memory", f"{peak} at the peak, of {allowed} allowed")
+    table.add_row("features streamed", _describe_traffic(summary.features))
     avoided = format_bytes(summary.cache_bytes_avoided)
     if summary.peak_buffer_bytes:
         avoided += f" ({summary.cache_bytes_avoided / summary.peak_buffer_bytes:.0f} × the peak)"
@@ -225,6 +227,17 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("ledger of uses", Text.assemble(verdict, counts))
     table.add_row("drafter", summary.checkpoint)
     return table
+
+
+def _describe_traffic(features: FeatureTraffic) -> str:
+    streamed, all_rows = format_bytes(features.streamed_bytes), format_bytes(features.all_rows_bytes)
+    parts = [f"{format_bytes(features.saved_by_rows_bytes)} by needed rows"]
+    parts += [
+        f"{format_bytes(saved)} by {dtype}" if saved > 0 else f"{format_bytes(-saved)} more for {dtype}"
+        for dtype, saved in features.saved_by_dtype_bytes.items()
+        if saved
+    ]
+    return f"{streamed}, where all rows in bf16 are {all_rows}: saved {', '.join(parts)}"
 
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:

@@ -63,6 +63,7 @@ from trainer.scaling import TargetScaling
 from trainer.steering import Steering
 from trainer.summary import Summary
 from trainer.supervision import Restarts, persist
+from trainer.traffic import measure_traffic
 
 POLL_S = 0.25
 """How often the driver looks at the run."""
@@ -386,6 +387,7 @@ class Job:
             peak_buffer_bytes=max(self._observer.peak_bytes, self._output.earlier_peak_bytes()),
             buffer_capacity_bytes=int(self._recipe.replay.capacity),
             cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
+            features=measure_traffic(progress.traffic, self._prepared.signature),
             trainer_wait_fraction=result.wait_fraction,
             first_step_s=self._observer.first_step_s,
             total_s=time.time() - self._started_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.contracts import Event, Record
 from services.prompts.ledger import LedgerSummary
+from trainer.traffic import FeatureTraffic
 
 
 class Summary(Record):
@@ -28,6 +29,8 @@ class Summary(Record):
     buffer_capacity_bytes: int
     cache_bytes_avoided: int
     """What a feature cache of the prompts captured so far takes: each once, every row of every layer, in bf16."""
+    features: FeatureTraffic = FeatureTraffic()
+    """Bytes that travelled from target to buffer, and what was saved of them."""
     trainer_wait_fraction: float | None
     """Of this attempt, after its first step; None before its second."""
     first_step_s: float | None

@@ -11,6 +11,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from services.append_log import open_append_log
+from services.contracts import Traffic, WireDtype
 from services.errors import CheckpointError
 from services.prompts.ledger import FIRST, CaptureLine
 from services.reading import first_fault
@@ -26,8 +27,14 @@ class CaptureLog:
         num_distinct_tokens: Tokens of the distinct prompts captured.
     """
 
-    def __init__(self, path: Path, *, num_captures: int, num_prompts: int) -> None:
+    def __init__(self, path: Path, *, num_captures: int, num_prompts: int, dtype: WireDtype = "bf16") -> None:
         """Open a log, or begin one; half a line that a crash left at its end is cut off.
+
+        Args:
+            path: Of the file.
+            num_captures: Captures of the plan.
+            num_prompts: Prompts of the plan.
+            dtype: As which features travel now.
 
         Raises:
             CheckpointError: A line is malformed, or of a capture that the plan does not have.
@@ -36,6 +43,8 @@ class CaptureLog:
         self.num_recaptured = 0
         self.num_tokens = 0
         self.num_distinct_tokens = 0
+        self._dtype: WireDtype = dtype
+        self._traffic: dict[WireDtype, Traffic] = {}
         self._path = path
         self._next_attempt = array("L", bytes(array("L").itemsize * num_captures))
         self._seen_prompts = bytearray(num_prompts)
@@ -52,6 +61,11 @@ class CaptureLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def traffic(self) -> dict[WireDtype, Traffic]:
+        """What all captures brought, by the dtype as which it travelled."""
+        return dict(self._traffic)
 
     def next_attempt(self, capture: int) -> int:
         """An attempt number above all those in the log; 0 for a capture that it does not have."""
@@ -79,6 +93,7 @@ class CaptureLog:
             reason=why_again if self._next_attempt[capture] else FIRST,
             num_tokens=num_tokens,
             num_bytes=num_bytes,
+            dtype=self._dtype,
         )
         self._file.write(line.model_dump_json().encode() + b"\n")
         self._count(line)
@@ -126,6 +141,8 @@ class CaptureLog:
         self.num_captured += 1
         self.num_recaptured += line.reason != FIRST
         self.num_tokens += line.num_tokens
+        dtype = line.dtype or self._dtype
+        self._traffic[dtype] = self._traffic.get(dtype, Traffic()).plus(line.num_tokens, line.num_bytes)
         if not self._seen_prompts[line.prompt]:
             self._seen_prompts[line.prompt] = 1
             self.num_distinct_tokens += line.num_tokens

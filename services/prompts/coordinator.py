@@ -123,7 +123,10 @@ class Coordinator:
         self._table = RedisTable(client, prefix)
         self._queue = WorkQueue(client, prefix)
         self._log = CaptureLog(
-            Path(settings.capture_log), num_captures=self._plan.num_captures, num_prompts=self._plan.num_prompts
+            Path(settings.capture_log),
+            num_captures=self._plan.num_captures,
+            num_prompts=self._plan.num_prompts,
+            dtype=settings.wire_dtype,
         )
         self._heldout: Conversations | None = None
         self._summary: LedgerSummary | None = None
@@ -297,6 +300,7 @@ class Coordinator:
                 captured=self._log.num_captured,
                 recaptured=self._log.num_recaptured,
                 tokens_captured=self._log.num_tokens,
+                traffic=self._log.traffic,
                 tokens_trained=self._ledger.num_tokens_trained,
                 distinct_tokens=self._log.num_distinct_tokens,
                 steps_done=self._ledger.last_step,

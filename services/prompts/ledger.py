@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from services.contracts import Record
+from services.contracts import Record, WireDtype
 from services.errors import CheckpointError, ReplayError
 from services.prompts.plan import MAX_USES
 from services.reading import first_fault, read_json
@@ -96,6 +96,8 @@ class CaptureLine(Record):
     reason: str
     num_tokens: int
     num_bytes: int
+    dtype: WireDtype | None = None
+    """As which its features travelled; logs of before version 2 of the wire do not say."""
 
 
 class LedgerSummary(Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from services.contracts import LastRows, Record
+from services.contracts import LastRows, Record, Traffic, WireDtype
 
 
 class CoordinatorSettings(Record):
@@ -29,6 +29,7 @@ class CoordinatorSettings(Record):
         joins: Whether the ranks are at work already: then nothing is granted until each has given its account.
         is_paused: Whether to grant nothing until `go_on`.
         is_stopped: Whether to grant nothing any more.
+        wire_dtype: As which features travel, for the capture log.
     """
 
     reuse: int
@@ -48,6 +49,7 @@ class CoordinatorSettings(Record):
     joins: bool = False
     is_paused: bool = False
     is_stopped: bool = False
+    wire_dtype: WireDtype = "bf16"
 
     @property
     def uses_per_round(self) -> int:
@@ -73,6 +75,7 @@ class Progress(Record):
         captured: Captures committed over the run's life, those made again included.
         recaptured: Captures made again.
         tokens_captured: Tokens of all captures, those made again included.
+        traffic: What all captures brought, those made again included, by the dtype as which it travelled.
         tokens_trained: Tokens of all trained uses.
         distinct_tokens: Tokens of the distinct prompts captured, each once: what a feature cache would have held.
         steps_done: Optimizer steps that every rank has reported.
@@ -91,6 +94,7 @@ class Progress(Record):
     captured: int
     recaptured: int
     tokens_captured: int
+    traffic: dict[WireDtype, Traffic]
     tokens_trained: int
     distinct_tokens: int
     steps_done: int

@@ -18,7 +18,7 @@ Start = Callable[..., Command]
 SUMMARY_KEYS = {
     "run_id", "output_dir", "steps", "resumed_from_step", "final_loss", "accepted_length_start", "accepted_length_end",
     "tokens_trained", "tokens_captured", "peak_buffer_bytes", "buffer_capacity_bytes", "cache_bytes_avoided",
-    "trainer_wait_fraction", "ledger", "checkpoint", "events",
+    "features", "trainer_wait_fraction", "ledger", "checkpoint", "events",
 }  # fmt: skip
 BATCH = 4
 """Sequences of one optimizer step of the demo's recipe."""
@@ -50,12 +50,21 @@ def test_demo_trains_sums_up_and_goes_on(slipstream: Start, tmp_path: Path) -> N
     assert (tmp_path / "slipstream-demo" / "step_latest").resolve() == checkpoint
     load_drafter(checkpoint, dtype=torch.float32)
 
-    longer = slipstream("demo", "--steps", "30", "--json", *SMALL).json()
+    # Goes on with features that travel otherwise: what is trained on what stays the same.
+    longer = slipstream("demo", "--steps", "30", "--json", *SMALL, "replay.wire_dtype=fp8_e4m3").json()
     assert (longer["steps"], longer["resumed_from_step"]) == (30, 20)
     assert longer["run_id"] == summary["run_id"]
     assert longer["ledger"]["trained"] == 30 * BATCH
     assert longer["ledger"]["balanced"]
     assert longer["accepted_length_start"] == summary["accepted_length_start"]
+    assert set(summary["features"]["saved_by_dtype_bytes"]) == {"bf16"}
+    features = longer["features"]
+    assert set(features["saved_by_dtype_bytes"]) == {"bf16", "fp8_e4m3"}
+    assert features["saved_by_dtype_bytes"]["fp8_e4m3"] > 0 == features["saved_by_dtype_bytes"]["bf16"]
+    assert features["saved_by_rows_bytes"] > 0
+    saved = features["saved_by_rows_bytes"] + sum(features["saved_by_dtype_bytes"].values())
+    assert features["streamed_bytes"] + saved == features["all_rows_bytes"]
+    assert features["streamed_bytes"] > summary["features"]["streamed_bytes"] > 0
 
 
 @pytest.mark.timeout(400)

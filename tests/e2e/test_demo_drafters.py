@@ -13,9 +13,14 @@ BATCH = 4
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("drafter", ["dflash", "eagle3"])
-def test_demo_trains_and_decodes_with_another_drafter(slipstream: Callable[..., Command], drafter: str) -> None:
-    summary = slipstream("demo", "--drafter", drafter, "--steps", "6", "--no-dashboard", "--json", *SMALL).json()
+@pytest.mark.parametrize(("drafter", "wire_dtype"), [("dflash", "bf16"), ("eagle3", "fp8_e4m3")])
+def test_demo_trains_and_decodes_with_another_drafter(
+    slipstream: Callable[..., Command], drafter: str, wire_dtype: str
+) -> None:
+    summary = slipstream(
+        "demo", "--drafter", drafter, "--steps", "6", "--no-dashboard", "--json", *SMALL,
+        f"replay.wire_dtype={wire_dtype}",
+    ).json()  # fmt: skip
     assert summary["ledger"]["balanced"]
     assert summary["ledger"]["trained"] == 6 * BATCH
     assert summary["lossless"] is True

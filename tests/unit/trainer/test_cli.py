@@ -36,7 +36,7 @@ def summary(**changes: Any) -> Summary:
     ledger = LedgerSummary(planned=1, trained=1, skipped=0, not_reached=0, captured=1, recaptured=0, balanced=True)
     figures = dict.fromkeys(Summary.model_fields, None) | {
         "run_id": "r", "output_dir": "o", "steps": 1, "tokens_trained": 2, "tokens_captured": 2, "total_s": 1.0,
-        "peak_buffer_bytes": 3, "buffer_capacity_bytes": 4, "cache_bytes_avoided": 5, "ledger": ledger,
+        "peak_buffer_bytes": 3, "buffer_capacity_bytes": 4, "cache_bytes_avoided": 5, "features": {}, "ledger": ledger,
         "checkpoint": "o/step_1", "events": (),
     }  # fmt: skip
     return Summary.model_validate(figures | changes)

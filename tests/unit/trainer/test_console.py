@@ -9,6 +9,7 @@ from services.contracts import Event
 from services.prompts.ledger import LedgerSummary
 from trainer.console import RunConsole, RunState, sparkline, summary_table
 from trainer.summary import Summary
+from trainer.traffic import FeatureTraffic
 
 LEDGER = LedgerSummary(planned=1000, trained=160, skipped=3, not_reached=837, captured=162, recaptured=2, balanced=True)
 SUMMARY = Summary(
@@ -27,6 +28,12 @@ SUMMARY = Summary(
     peak_buffer_bytes=2 * 1024**2,
     buffer_capacity_bytes=48 * 1024**2,
     cache_bytes_avoided=30 * 1024**2,
+    features=FeatureTraffic(
+        streamed_bytes=10 * 1024**2,
+        all_rows_bytes=30 * 1024**2,
+        saved_by_rows_bytes=3 * 1024**2,
+        saved_by_dtype_bytes={"fp8_e4m3": 18 * 1024**2, "fp32": -(1024**2), "bf16": 0},
+    ),
     trainer_wait_fraction=0.125,
     first_step_s=31.4,
     total_s=99.6,
@@ -60,6 +67,11 @@ def row(summary: Summary, label: str) -> str:
         ("final loss", "2.346"),
         ("tokens", "21,000 captured, 20,000 trained"),
         ("features in memory", "2.0 MiB at the peak, of 48.0 MiB allowed"),
+        (
+            "features streamed",
+            "10.0 MiB, where all rows in bf16 are 30.0 MiB: saved 3.0 MiB by needed rows, 18.0 MiB by fp8_e4m3, "
+            "1.0 MiB more for fp32",
+        ),
         ("disk cache avoided", "30.0 MiB (15 × the peak)"),
         ("trainer waited", "12.5% of its time after the first step"),
         ("time", "100 s, first optimizer step after 31 s"),

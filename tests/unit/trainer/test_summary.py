@@ -30,14 +30,14 @@ def test_summary_json_has_the_figures_that_scripts_read() -> None:
     )
     figures = dict.fromkeys(Summary.model_fields, None) | {
         "run_id": "r", "output_dir": "o", "steps": 1, "tokens_trained": 2, "tokens_captured": 2, "total_s": 1.0,
-        "peak_buffer_bytes": 3, "buffer_capacity_bytes": 4, "cache_bytes_avoided": 5, "ledger": ledger,
+        "peak_buffer_bytes": 3, "buffer_capacity_bytes": 4, "cache_bytes_avoided": 5, "features": {}, "ledger": ledger,
         "checkpoint": "o/step_1", "events": (),
     }  # fmt: skip
     answer = json.loads(Summary.model_validate(figures).model_dump_json())
     assert answer.keys() >= {
         "run_id", "output_dir", "steps", "resumed_from_step", "final_loss", "accepted_length_start",
         "accepted_length_end", "tokens_trained", "tokens_captured", "peak_buffer_bytes", "buffer_capacity_bytes",
-        "cache_bytes_avoided", "trainer_wait_fraction", "ledger", "checkpoint", "events",
+        "cache_bytes_avoided", "features", "trainer_wait_fraction", "ledger", "checkpoint", "events",
     }  # fmt: skip
     assert answer["ledger"].keys() == {
         "planned", "trained", "skipped", "not_reached", "captured", "recaptured", "balanced",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from services.contracts import Traffic
 from services.errors import CheckpointError
 from services.prompts.capture_log import CaptureLog
 
@@ -83,3 +84,23 @@ def test_foreign_log_is_refused(tmp_path, line, message):
     (tmp_path / "log").write_bytes(line)
     with pytest.raises(CheckpointError, match=message):
         open_log(tmp_path / "log")
+
+
+def test_traffic_is_counted_by_the_dtype_of_its_time(tmp_path):
+    path = tmp_path / "log"
+    with open_log(path) as log:
+        append(log, 0)
+        append(log, 1)
+    with CaptureLog(path, num_captures=4, num_prompts=2, dtype="fp8_e4m3") as log:
+        append(log, 2)
+        wanted = {"bf16": Traffic(num_tokens=21, num_bytes=200), "fp8_e4m3": Traffic(num_tokens=10, num_bytes=100)}
+        assert log.traffic == wanted
+    with open_log(path) as log:
+        assert log.traffic == wanted
+
+
+def test_lines_of_before_the_dtype_was_logged_count_as_what_travels_now(tmp_path):
+    path = tmp_path / "log"
+    path.write_text('{"capture":0,"prompt":0,"attempt":0,"reason":"first","num_tokens":7,"num_bytes":70}\n')
+    with CaptureLog(path, num_captures=4, num_prompts=2, dtype="fp32") as log:
+        assert log.traffic == {"fp32": Traffic(num_tokens=7, num_bytes=70)}
