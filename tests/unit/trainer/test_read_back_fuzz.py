@@ -187,7 +187,7 @@ def test_answers_are_read_or_refused_as_often_as_they_are_asked_for(tmp_path: Pa
 def test_lives_are_counted_on_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "lives"
     if reads_or_refuses(path, content, lambda: count_life(path), CheckpointError):
-        assert path.read_text() == f"{int(content.decode()) + 1}\n"
+        assert path.read_text() == f"{int(content.decode().strip()) + 1}\n"
     else:
         assert path.read_bytes() == content
 
