@@ -140,7 +140,9 @@ class Job:
         )
         self._board = StatusBoard(self._beginning())
         views: list[Sink] = [EventLog(), TensorBoardSink(output.tensorboard), PrometheusSink(output.run_id)]
-        self._scaling = TargetScaling(self._recipe.target, self._pool, self._board, self._report)
+        self._scaling = TargetScaling(
+            self._recipe.target, self._pool, self._board, self._recipe.trainer.checkpoint_every, self._report
+        )
         self._journal = Journal([HistoryFile(output.telemetry), self._board, self._scaling, *views])
         self._steering = Steering(self._board, self, self._report)
         self._parts = Parts(prepared, output, self._where, credentials)

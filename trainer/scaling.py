@@ -32,16 +32,23 @@ class TargetScaling:
         config: The recipe's `target` section.
         pool: The targets.
         board: Says whether the run trains.
+        checkpoint_every: Steps between two checkpoints.
         report: Takes events.
     """
 
     def __init__(
-        self, config: TargetConfig, pool: TargetPool, board: StatusBoard, report: Callable[[Event], None]
+        self,
+        config: TargetConfig,
+        pool: TargetPool,
+        board: StatusBoard,
+        checkpoint_every: int,
+        report: Callable[[Event], None],
     ) -> None:
         self._bounds = config.autoscale
         self._autoscaler = Autoscaler(config.autoscale) if config.autoscale else None
         self._pool = pool
         self._board = board
+        self._checkpoint_every = checkpoint_every
         self._report = report
         self._is_on = config.autoscale is not None
         self._suspended = f"autoscaling is suspended until `slipstream scale {board.status.run_id} autoscale=on`"
@@ -57,7 +64,8 @@ class TargetScaling:
             return
         if record["kind"] == "step":
             # The clock of here: that of the ranks' machine may be another one.
-            self._steps.append(StepTime(time.monotonic(), record["step_s"], record["wait_s"]))
+            is_saved = record["step"] % self._checkpoint_every == 0
+            self._steps.append(StepTime(time.monotonic(), record["step_s"], record["wait_s"], is_saved))
             self._pace_s.append(record["step_s"])
             self._steps_left = record["total_steps"] - record["step"]
         elif record["kind"] == "event" and record["event"] in LOSSES:

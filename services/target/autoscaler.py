@@ -44,7 +44,7 @@ LEAST_GAIN = 0.5
 """More targets have helped if the trainer computes for so much of the time that they could have saved it."""
 
 LOAD_PATIENCE_S = 1200.0
-"""A target that is not up by then is counted out; the largest load within it."""
+"""A target that is not up by then is counted out; the largest models load within it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,8 @@ class Autoscaler:
         """Judge only by what comes from now on; whoever scales by hand has reasons of their own."""
         self._settle(now_s)
         self._changed_s = now_s
-        self._said = None
+        self._asked = self._starting_since_s = self._said = None
+        self._num_fruitless = 0
         self._too_few.forget()
 
     def _take(self, seen: Observation) -> None:

@@ -21,6 +21,8 @@ class StepTime(NamedTuple):
     step_s: float
     """How long it took, waiting included."""
     wait_s: float
+    is_saved: bool = False
+    """A checkpoint is written after it, for which the trainer neither computes nor waits."""
 
     @property
     def begin_s(self) -> float:
@@ -83,7 +85,7 @@ class TrainerWait:
 
     def _under_way(self, now_s: float, since_s: float) -> tuple[float, float]:
         """How long the step under way has taken and waited; zeros while it may still compute."""
-        if not self._steps or self._steps[-1].end_s < since_s:
+        if not self._steps or self._steps[-1].end_s < since_s or self._steps[-1].is_saved:
             return 0.0, 0.0
         taken_s = now_s - self._steps[-1].end_s
         overdue_s = taken_s - max(step.busy_s for step in self._steps)

@@ -60,7 +60,7 @@ class Run:
         self.pool = Pool()
         self.board = StatusBoard(status)
         self.events: list[Event] = []
-        self.scaling = TargetScaling(config, self.pool, self.board, self.events.append)  # type: ignore[arg-type]
+        self.scaling = TargetScaling(config, self.pool, self.board, 500, self.events.append)  # type: ignore[arg-type]
         self.step = 0
 
     def train(self, steps: int, wait_s: float = 1.5, **fields: Any) -> None:
@@ -117,6 +117,18 @@ def test_run_that_does_not_train_is_left_alone(run: Run, state: Any) -> None:
 def test_plan_without_captures_to_come_is_left_alone(run: Run) -> None:
     run.train(10, sealed=True)
     assert run.pool.scaled == []
+
+
+def test_time_of_a_checkpoint_is_no_wait(run: Run) -> None:
+    run.step = 496
+    run.train(4, wait_s=0.0)
+    run.clock.s += 60.0
+    run.scaling.look([table()])
+    assert run.pool.scaled == []
+    run.train(1, wait_s=0.0)
+    run.clock.s += 60.0
+    run.scaling.look([table()])
+    assert len(run.pool.scaled) == 1, "nothing else takes a trainer so long"
 
 
 def test_wait_for_what_was_lost_is_no_want_of_targets(run: Run) -> None:

@@ -42,6 +42,12 @@ def test_step_under_way_waits_for_what_exceeds_the_longest_computation() -> None
     assert wait.judge(19.0, 11.5) is None, "it began before the change"
 
 
+def test_checkpoint_after_a_step_is_no_wait() -> None:
+    wait = TrainerWait(4.0)
+    wait.add(StepTime(10.0, 4.0, 1.0, is_saved=True))
+    assert wait.judge(60.0, LONG_AGO_S) == Waited(0.25, 4.0)
+
+
 def test_few_steps_are_kept_of_many() -> None:
     wait = TrainerWait(1.0)
     for number in range(1000):
