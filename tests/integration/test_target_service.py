@@ -33,6 +33,7 @@ from services.errors import (
     WireError,
 )
 from services.target import pool as pool_module
+from services.target.buffers import SMALLEST_BYTES
 from services.target.client import TargetClient
 from services.target.config import TargetConfig
 from services.target.engine import TransformersEngine
@@ -143,6 +144,25 @@ def test_capture_gives_the_engines_features_bit_for_bit(
     expected = _expected(engine, job, dtype)
     assert torch.equal(context, expected.context)
     assert torch.equal(last, expected.last)
+
+
+def test_captures_one_after_another_share_a_buffer(folder: Path) -> None:
+    engine = TransformersEngine(_config(folder))
+    running = serve(engine, _config(folder))
+    pool = engine._room.pool
+    job, dtypes = _job(9), ("fp32", "bf16", "fp16", "fp32")
+    try:
+        with TargetClient(running.address) as client:
+            for dtype in dtypes:
+                context, last = _capture(client, job, dtype)  # type: ignore[arg-type]
+                wait_until(lambda: pool.unused_bytes == SMALLEST_BYTES, "the buffer's return after the last chunk")
+                expected = _expected(engine, job, dtype)  # type: ignore[arg-type]
+                assert torch.equal(context, expected.context)
+                assert torch.equal(last, expected.last)
+                expected.release()
+                assert pool.unused_bytes == SMALLEST_BYTES
+    finally:
+        running.stop()
 
 
 def test_capture_without_last_rows_ends_with_context(client: TargetClient, engine: TransformersEngine) -> None:
