@@ -292,8 +292,8 @@ class RankAccount(Record):
 
     rank: int
     generation: int
-    incarnation: str
-    """Of the table that the coordinator named when it asked; the rank takes samples of no other one any more."""
+    incarnations: tuple[str, ...]
+    """Of the tables that the coordinator named when it asked; the rank takes samples of no other ones any more."""
     leases: tuple[StepLease, ...] = ()
     """Granted to this rank and not reported by it; the last may be END."""
     reports: tuple[StepReport, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.contracts import LastRows
+from services.contracts import LastRows, TableSignature
 from services.prompts.records import CoordinatorSettings
 
 
@@ -17,6 +17,7 @@ def schedule_settings(**changes: object) -> CoordinatorSettings:
         "max_steps": None,
         "deterministic": False,
         "tail": "pad",
+        "signature": TableSignature(fingerprint="f", layer_ids=(1,), hidden_size=4, dtype="bf16"),
         "lookahead_captures": 100,
         "capture_log": "unused",
         "answers": "unused",

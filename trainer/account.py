@@ -1,7 +1,7 @@
 """A rank's account: what it was granted, holds in memory and has done, for a coordinator that begins anew beside it.
 
 A use is in the rank's hands from the moment its features are in memory (`hold`) until its step is reported. A sample
-counts as held only if its table still stands when the last byte has come: `answer` names the table that counts from
+counts as held only if its table still stands when the last byte has come: `answer` names the tables that count from
 then on, so a sample is in the account or refused afterwards, never both nor neither.
 """
 
@@ -23,8 +23,8 @@ class Account:
         self._rank = rank
         self._generation = generation
         self._lock = threading.Lock()
-        self._incarnation: str | None = None
-        """Of the only table whose samples are still taken; None takes those of any."""
+        self._incarnations: tuple[str, ...] | None = None
+        """Of the only tables whose samples are still taken; None takes those of any."""
         self._leases: dict[int, StepLease] = {}
         self._reports: dict[int, StepReport] = {}
         self._held: set[int] = set()
@@ -40,10 +40,11 @@ class Account:
         """The samples of these leases are in memory.
 
         Returns:
-            False if their table is not the one that counts any more: drop them, they are captured again.
+            False if one of their tables does not count any more: drop them all, what is lost is captured again.
         """
         with self._lock:
-            if self._incarnation is not None and any(lease.incarnation != self._incarnation for lease in leases):
+            known = self._incarnations
+            if known is not None and any(lease.incarnation not in known for lease in leases):
                 return False
             for lease in leases:
                 job = lease.sample.job
@@ -72,14 +73,14 @@ class Account:
                 for use in self._reports.pop(old).uses:
                     self._notes.pop(use, None)
 
-    def answer(self, incarnation: str) -> RankAccount:
-        """The account; from now on only samples of this table are taken."""
+    def answer(self, incarnations: tuple[str, ...]) -> RankAccount:
+        """The account; from now on only samples of these tables are taken."""
         with self._lock:
-            self._incarnation = incarnation
+            self._incarnations = incarnations
             return RankAccount(
                 rank=self._rank,
                 generation=self._generation,
-                incarnation=incarnation,
+                incarnations=incarnations,
                 leases=_in_order(self._leases),
                 reports=_in_order(self._reports),
                 held=tuple(sorted(self._held)),

@@ -136,9 +136,9 @@ class CoordinatorClient:
             with self._lock:
                 self._settle()
             try:
-                incarnation = self._ask_once("wanted", self._rank, self._generation, timeout_s=ANSWER_DEADLINE_S)
-                if incarnation is not None:
-                    self._ask_once("join", self._account.answer(incarnation), timeout_s=ANSWER_DEADLINE_S)
+                wanted = self._ask_once("wanted", self._rank, self._generation, timeout_s=ANSWER_DEADLINE_S)
+                if wanted is not None:
+                    self._ask_once("join", self._account.answer(wanted), timeout_s=ANSWER_DEADLINE_S)
             except (DeadlineError, PartDiedError, NotBegunError):
                 continue  # the next beat finds it back, or the training thread gives up
             except SlipstreamError as error:

@@ -105,6 +105,7 @@ class Parts:
             max_steps=trainer.max_steps,
             deterministic=trainer.deterministic,
             tail=trainer.tail,
+            signature=self._prepared.signature,
             lookahead_captures=LOOKAHEAD * recipe.replay.pulls,
             capture_log=str(self._output.capture_log),
             answers=str(self._output.answers),

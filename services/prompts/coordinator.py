@@ -1,17 +1,19 @@
 """The prompt source of a run: feeds the work queue, grants steps, keeps the ledger. Runs as a threaded Ray actor.
 
-One feeder thread drains the table's outcomes, encodes conversations and pushes captures; the calls of ranks and driver
-come in on other threads. All state is in `Schedule`, `Ledger` and `CaptureLog`, behind one condition.
+One feeder thread drains the tables' outcomes, encodes conversations and pushes captures; the calls of ranks and driver
+come in on other threads. All state is in `Schedule`, `Ledger`, `CaptureLog` and `Buffer`, behind one condition.
 
-The schedule is made anew, over an empty table, whenever what it knew is no longer so:
+The schedule is made anew, over empty tables, whenever what it knew is no longer so:
 
     a new trainer group begins      `begin_group`: from the ledger of its checkpoint
-    Redis restarted empty           from the ledger as it is, and the ranks' accounts
     this process was killed         from the newest checkpoint's ledger, and the ranks' accounts
 
-Until every rank has given its account (`wanted`, `join`) no step is granted and no capture asked for. A life of the
-coordinator is the time between two such moments; attempts of a life are numbered above those of all earlier ones, so
-whatever was under way before can never be taken for what is asked for now.
+Until every rank has given its account (`wanted`, `join`) no step is granted and no capture asked for then. A Redis that
+restarted empty costs the schedule only what it held: what no rank's account has of it is captured again; in the
+meantime steps are granted, and the other shards captured to, as before.
+
+A life of the coordinator is the time between two such moments; attempts of a life are numbered above those of all
+earlier ones, so whatever was under way before can never be taken for what is asked for now.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from services.answers import AnswerBook
@@ -30,11 +32,10 @@ from services.errors import (
     PausedError,
     PromptError,
     ReplayError,
-    ReplayUnavailableError,
     StaleGenerationError,
-    TableLostError,
 )
 from services.models import find_model
+from services.prompts.buffer import Buffer
 from services.prompts.capture_log import CaptureLog
 from services.prompts.chat import ChatEncoder, UnusablePromptError
 from services.prompts.config import PromptsConfig
@@ -45,9 +46,7 @@ from services.prompts.plan import Plan
 from services.prompts.records import CoordinatorSettings, Progress
 from services.prompts.scheduling import ALREADY_RESIDENT, Schedule
 from services.prompts.sources import STDLIB, Conversations, load_conversations
-from services.replay.connect import connect
-from services.replay.table import RedisTable
-from services.replay.work import WorkQueue
+from services.replay.links import link_shards
 from services.stop_tokens import find_stop_token_ids
 
 __all__ = ["Coordinator", "CoordinatorSettings", "LedgerSummary", "Progress"]
@@ -66,9 +65,6 @@ LEASE_WAIT_S = 1.0
 FEEDER_DEADLINE_S = 30.0
 """Longest wait for the feeder to end: one answer of Redis and one round of encoding."""
 
-REDIS_AWAY_S = 60.0
-"""How long Redis, or the table in it, may be away; its supervisor and the shard bring both back within seconds."""
-
 NAMED_LINES = 5
 """Rejected lines that `progress` quotes."""
 
@@ -81,21 +77,26 @@ class Coordinator:
     """Owns the plan of uses, the ledger and the step leases of one run."""
 
     def __init__(
-        self, prompts: PromptsConfig, model: str, redis_url: str, prefix: str, settings: CoordinatorSettings
+        self,
+        prompts: PromptsConfig,
+        model: str,
+        redis_urls: str | Sequence[str],
+        prefix: str,
+        settings: CoordinatorSettings,
     ) -> None:
-        """Load the prompts, read the ledger to resume from, and begin to feed the work queue.
+        """Load the prompts, read the ledger to resume from, and begin to feed the work queues.
 
         Args:
             prompts: Which conversations.
             model: Folder or hub name of the target, for its tokenizer and chat template.
-            redis_url: The Redis with table and work queue.
-            prefix: Of this run's keys in it.
+            redis_urls: The Redis of each shard, with its table and work queue; a text alone is that of a single one.
+            prefix: Of this run's keys in them.
             settings: How the prompts are used.
 
         Raises:
             PromptError: The prompts or the tokenizer cannot be read.
             CheckpointError: The ledger or the capture log is broken, or of another plan.
-            ReplayUnavailableError: Redis does not answer.
+            ReplayUnavailableError: A Redis does not answer.
         """
         if prompts.heldout not in (None, STDLIB) and prompts.heldout == prompts.source:
             raise PromptError(
@@ -119,9 +120,9 @@ class Coordinator:
         self._plan = Plan(len(conversations.items), prompts.epochs, settings.reuse, prompts.seed)
         self._header = _header(self._plan, conversations)
         self._ledger = _open_ledger(self._header, settings.ledger)
-        client = connect(redis_url)
-        self._table = RedisTable(client, prefix)
-        self._queue = WorkQueue(client, prefix)
+        links = link_shards(redis_urls, prefix)
+        assert len(links) == settings.num_shards
+        self._buffer = Buffer(links)
         self._log = CaptureLog(
             Path(settings.capture_log),
             num_captures=self._plan.num_captures,
@@ -141,11 +142,10 @@ class Coordinator:
         """When each rank gave its last sign of life."""
         self._late_reports: list[StepReport] = []
         self._why_lost: str | None = None
-        """Why there is no schedule, while there is none."""
-        self._away_since_s: float | None = None
-        self._incarnation: str | None = self._table.incarnation()
+        """Why there is no schedule, or why it has not all it had, while that is so."""
         if settings.joins:
             self._lose_schedule(COORDINATOR_RESTARTED)
+            self._buffer.lose_all()
         else:
             with self._changed:
                 self._begin_life()
@@ -185,8 +185,8 @@ class Coordinator:
                     raise DeadlineError(f"step {step}: {self._waits_for()} after {LEASE_WAIT_S:g} s; ask again")
                 self._changed.wait(left_s)
 
-    def wanted(self, rank: int, generation: int) -> str | None:
-        """Whether this rank's account is wanted: then the incarnation of the table that its leases must be of now.
+    def wanted(self, rank: int, generation: int) -> tuple[str, ...] | None:
+        """Whether this rank's account is wanted: then the incarnations of the tables that its leases must be of now.
 
         Ranks ask a few times a second, which is also their sign of life.
 
@@ -197,20 +197,20 @@ class Coordinator:
             self._raise_error()
             self._check_generation(generation)
             self._beats[rank] = time.monotonic()
-            is_wanted = self._schedule is None and rank not in self._accounts
-            return self._incarnation if is_wanted else None
+            is_wanted = self._is_planning_anew and rank not in self._valid_accounts()
+            return self._buffer.incarnations if is_wanted else None
 
     def join(self, account: RankAccount) -> None:
-        """Take a rank's account; once all ranks have given theirs, steps are granted and captures made again.
+        """Take a rank's account; once all ranks have given theirs, what was lost is captured again.
 
-        An account that was asked for under an earlier incarnation of the table is passed over: it is wanted anew.
+        An account that was asked for under an earlier incarnation of a table does not count: it is wanted anew.
 
         Raises:
             StaleGenerationError: The account comes from another trainer group.
         """
         with self._changed:
             self._check_generation(account.generation)
-            if self._schedule is None and account.incarnation == self._incarnation:
+            if self._is_planning_anew:
                 self._accounts[account.rank] = account
 
     def begin_group(self, generation: int, ledger: str | None) -> None:
@@ -237,7 +237,7 @@ class Coordinator:
             self._beats.clear()
             self._error = None
             self._lose_schedule(GROUP_BEGAN.format(step=new_ledger.last_step))
-            self._clear()
+            self._log_lost(self._buffer.clear_all(generation))
             self._begin_life()
 
     def attend(self) -> None:
@@ -265,22 +265,26 @@ class Coordinator:
                 self._changed.notify_all()
 
     def ledger_at(self, step: int, timeout_s: float) -> str:
-        """The ledger as a checkpoint after `step` keeps it, JSON lines; the capture log is on disk when it returns.
+        """The ledger as a checkpoint after `step` keeps it, JSON lines; the log of its captures is on disk by then.
 
         Raises:
-            DeadlineError: Some rank has not reported the step in time.
+            DeadlineError: Some rank has not reported the step in time, or not given its account after a loss.
         """
+        deadline_s = time.monotonic() + timeout_s
         with self._changed:
-            if not self._changed.wait_for(lambda: self._error or self._ledger.last_step >= step, timeout_s):
-                raise DeadlineError(
-                    f"the ledger of step {step} is not complete after {timeout_s:g} s: every rank has reported step "
-                    f"{self._ledger.last_step}, not all of them the next"
-                )
-            self._raise_error()
-            if self._summary is None:  # after `finish` the log is complete and closed
-                self._drain()
-                self._log.sync()
-            return self._ledger.text(step)
+            while True:
+                if not self._changed.wait_for(lambda: self._is_complete_to(step), deadline_s - time.monotonic()):
+                    what = f"every rank has reported step {self._ledger.last_step}, not all of them the next"
+                    if self._is_planning_anew:
+                        what = self._waits_for()
+                    raise DeadlineError(f"the ledger of step {step} is not complete after {timeout_s:g} s: {what}")
+                self._raise_error()
+                if self._summary is None:  # after `finish` the log is complete and closed
+                    self._drain()
+                    if not self._buffer.is_known():
+                        continue  # what a table had to tell is gone: the ranks' accounts tell it
+                    self._log.sync()
+                return self._ledger.text(step)
 
     def progress(self) -> Progress:
         """How far the run is.
@@ -394,55 +398,47 @@ class Coordinator:
                 self._changed.notify_all()
 
     def _feed_once(self) -> bool:
-        """Feed the queue, or do what can be done now so that it can be fed again; whether there was anything to do.
+        """Feed the queues, or do what can be done now so that they can be fed again; whether there was anything to do.
 
         Raises:
-            ReplayUnavailableError: Redis has been away for too long.
-            TableLostError: The table has.
+            ReplayUnavailableError: A Redis has been away for too long.
+            TableLostError: A table has.
         """
-        try:
-            incarnation = self._table.incarnation()
-            if incarnation is None or incarnation != self._incarnation:
-                with self._changed:
-                    self._lose_schedule(REDIS_EMPTY)
-                    self._clear()
-            self._away_since_s = None
-            with self._changed:
-                if self._schedule is None and len(self._accounts) == self._settings.world_size:
+        outcomes = self._buffer.look(self._settings.generation)
+        with self._changed:
+            if self._buffer.lost and self._why_lost is None:
+                self._note_loss(REDIS_EMPTY)
+            self._log_lost(outcomes)
+            if self._is_planning_anew and len(self._valid_accounts()) == self._settings.world_size:
+                if self._schedule is None:
                     self._begin_life()
-            return self._schedule is not None and self._turn()
-        except (ReplayUnavailableError, TableLostError):
-            now_s = time.monotonic()
-            self._away_since_s = self._away_since_s or now_s
-            if now_s > self._away_since_s + REDIS_AWAY_S:
-                raise
-            with self._changed:  # what was on its way to Redis may have got lost
-                self._lose_schedule(REDIS_EMPTY)
-            return False
+                else:
+                    self._recapture()
+        return self._schedule is not None and self._turn()
 
-    def _lose_schedule(self, why: str) -> None:
-        """What the schedule says is no longer so; again: nothing happens."""
+    @property
+    def _is_planning_anew(self) -> bool:
+        return self._schedule is None or bool(self._buffer.lost)
+
+    def _valid_accounts(self) -> dict[int, RankAccount]:
+        """Those given since all tables are what they are now."""
+        incarnations = self._buffer.incarnations
+        return {rank: account for rank, account in self._accounts.items() if account.incarnations == incarnations}
+
+    def _note_loss(self, why: str) -> None:
         if self._why_lost is None:
             logger.warning("captures are planned anew: %s", why)
             self._why_lost = why
-        self._schedule, self._incarnation = None, None
+
+    def _lose_schedule(self, why: str) -> None:
+        """What the schedule says is no longer so; again: nothing happens."""
+        self._note_loss(why)
+        self._schedule = None
         self._accounts.clear()
 
-    def _clear(self) -> None:
-        """Empty the table and the queue; what was captured and not yet logged is logged."""
-        cleared = self._table.clear(self._settings.generation)
-        self._log_without_schedule(cleared.outcomes)
-        self._incarnation = cleared.incarnation
-
     def _begin_life(self) -> None:
-        """Make the schedule anew over an empty table, from the ledger and the ranks' accounts."""
-        settings, accounts = self._settings, [self._accounts[rank] for rank in sorted(self._accounts)]
-        for account in accounts:
-            for note in account.samples:  # read by a rank, and then lost before the coordinator heard of it
-                if not self._log.has(note.capture, note.attempt):
-                    self._log.append(**note.model_dump(), why_again=self._why_lost or "")
-        self._log.flush()
-        self._first_attempt = count_life(Path(settings.lives)) * ATTEMPTS_A_LIFE
+        """Make the schedule anew over empty tables, from the ledger and the ranks' accounts."""
+        settings, accounts = self._settings, self._take_accounts()
         schedule = Schedule(self._ledger, settings, accounts, self._why_lost)
         schedule.is_paused = settings.is_paused
         if settings.is_stopped:
@@ -451,27 +447,51 @@ class Coordinator:
         for report in late:
             if report.generation == settings.generation:
                 schedule.report(report)
+        self._schedule = schedule
+        self._end_loss()
+
+    def _recapture(self) -> None:
+        """Have what lost shards held captured again, but for what the ranks' accounts have of it."""
+        assert self._schedule is not None
+        self._drain()  # before the accounts tell of the same captures
+        if len(self._valid_accounts()) < self._settings.world_size:
+            return  # another shard was lost just now
+        self._schedule.lose(self._buffer.lost, self._take_accounts(), self._why_lost or REDIS_EMPTY)
+        self._end_loss()
+
+    def _take_accounts(self) -> list[RankAccount]:
+        """The ranks' accounts, for a life that begins; what only they know to have been captured is logged."""
+        accounts = self._valid_accounts()
+        for note in (note for rank in sorted(accounts) for note in accounts[rank].samples):
+            if not self._log.has(note.capture, note.attempt):
+                self._log.append(**note.model_dump(), why_again=self._why_lost or "")
+        self._log.flush()
+        self._first_attempt = count_life(Path(self._settings.lives)) * ATTEMPTS_A_LIFE
+        return [accounts[rank] for rank in sorted(accounts)]
+
+    def _end_loss(self) -> None:
+        self._buffer.found()
+        self._accounts.clear()
         self._sealed = False
-        self._why_lost, self._schedule = None, schedule
+        self._why_lost = None
         self._changed.notify_all()
 
     def _turn(self) -> bool:
-        """One look at outcomes, queue and prompts; returns whether there was anything to do."""
+        """One look at outcomes, queues and prompts; returns whether there was anything to do."""
         assert self._schedule is not None
         with self._changed:
             num_drained = self._drain()
-            jobs = self._schedule.take_pushable(self._settings.lookahead_captures - self._queue.size())
-        for job in jobs:
-            self._queue.push(job)
+            routed = self._schedule.take_pushable(self._buffer.rooms(self._settings.lookahead_captures))
+        for shard, job in routed:
+            self._buffer.push(shard, job)
         num_encoded = 0
         while num_encoded < ENCODE_AT_ONCE and self._encode_next():
             num_encoded += 1
         with self._changed:
             if self._schedule.is_complete and not self._sealed:
                 self._schedule.check_usable()
-                self._table.seal()
-                self._sealed = True
-        return bool(num_drained or jobs or num_encoded)
+                self._sealed = self._buffer.seal()
+        return bool(num_drained or routed or num_encoded)
 
     def _encode_next(self) -> bool:
         assert self._schedule is not None
@@ -504,9 +524,9 @@ class Coordinator:
         return True
 
     def _drain(self) -> int:
-        outcomes = self._table.drain_outcomes()
+        outcomes = self._buffer.drain()
         if self._schedule is None:
-            self._log_without_schedule(outcomes)
+            self._log_lost(outcomes)
             return len(outcomes)
         for outcome in outcomes:
             committed = self._schedule.on_outcome(outcome)
@@ -516,7 +536,8 @@ class Coordinator:
             self._log.flush()
         return len(outcomes)
 
-    def _log_without_schedule(self, outcomes: Sequence[Outcome]) -> None:
+    def _log_lost(self, outcomes: Iterable[Outcome]) -> None:
+        """Log captures that were made and lost again before the schedule heard of them."""
         for outcome in outcomes:
             if outcome.kind == "committed":
                 self._append(outcome, self._why_lost or "")
@@ -530,11 +551,17 @@ class Coordinator:
         prompt, _ = self._plan.capture(outcome.capture)
         self._log.append(outcome.capture, prompt, outcome.attempt, outcome.num_tokens, outcome.num_bytes, why_again)
 
+    def _is_complete_to(self, step: int) -> bool:
+        if self._error is not None or self._summary is not None:
+            return True
+        return self._ledger.last_step >= step and not self._is_planning_anew
+
     def _waits_for(self) -> str:
-        """What a step waits for, in words."""
-        if self._schedule is not None:
+        """What a step or a ledger waits for, in words."""
+        if not self._is_planning_anew:
             return f"fewer than {self._settings.uses_per_step} uses are encoded"
-        missing = [str(rank) for rank in range(self._settings.world_size) if rank not in self._accounts]
+        accounts = self._valid_accounts()
+        missing = [str(rank) for rank in range(self._settings.world_size) if rank not in accounts]
         return f"the coordinator begins anew and waits for the accounts of rank {', '.join(missing) or '(none)'}"
 
     def _check_generation(self, generation: int) -> None:

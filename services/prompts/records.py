@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from services.contracts import LastRows, Record, Traffic, WireDtype
+from services.contracts import LastRows, Record, TableSignature, Traffic, WireDtype
 
 
 class CoordinatorSettings(Record):
@@ -20,12 +20,14 @@ class CoordinatorSettings(Record):
             out.
         deterministic: Whether step leases name their captures, in plan order.
         tail: What becomes of a last step that is not full.
-        lookahead_captures: Bound of the work queue.
+        signature: Of the tables; how many bytes a capture takes follows from it.
+        lookahead_captures: Bound of each shard's work queue.
         capture_log: Path of the append-only log of captures; it outlives crashes.
         answers: Path of the target's own answers, which the shard writes.
         lives: Path of a file that counts how often a coordinator of this run began.
         ledger: Path of the ledger in the checkpoint that the run resumes from; None begins at step 0.
         generation: The trainer group that leases are granted to.
+        num_shards: Replay shards that captures go to.
         joins: Whether the ranks are at work already: then nothing is granted until each has given its account.
         is_paused: Whether to grant nothing until `go_on`.
         is_stopped: Whether to grant nothing any more.
@@ -40,12 +42,14 @@ class CoordinatorSettings(Record):
     max_steps: int | None
     deterministic: bool
     tail: Literal["pad", "drop"]
+    signature: TableSignature
     lookahead_captures: int
     capture_log: str
     answers: str
     lives: str
     ledger: str | None
     generation: int
+    num_shards: int = 1
     joins: bool = False
     is_paused: bool = False
     is_stopped: bool = False

@@ -16,6 +16,9 @@ A schedule can begin beside ranks that are in the middle of their work: because 
 buffer all it held. Then the accounts of the ranks say what was granted and reported, and which uses they hold; those
 are good from the start and never captured again, and everything else goes through the states above anew.
 
+Each capture goes to one of the run's shards (`Router`). When a shard loses what it held, the ranks' accounts say in the
+same way what of it they have; the rest of it, and nothing of the other shards, is encoded again (`lose`).
+
 A full step is granted while good − granted ≥ uses per step. In ready order (not deterministic) a step takes whatever is
 ready: if a capture fails for good after its step was granted, the next capture fills its place, and at the very end
 the trainer pads.
@@ -23,14 +26,16 @@ the trainer pads.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from services.contracts import CaptureJob, Outcome, RankAccount, StepLease, StepReport
 from services.errors import PromptError, ReplayError, StaleGenerationError
 from services.prompts.ledger import Ledger, StepLine
 from services.prompts.records import CoordinatorSettings
+from services.prompts.routing import Router
 
 MAX_ATTEMPTS = 5
 """Tries of one capture without a commit before its uses are skipped: a prompt that fails on every target it meets must
@@ -49,6 +54,13 @@ SKIPPED_TAIL = "tail"
 END_EXHAUSTED = "plan exhausted"
 END_MAX_STEPS = "max_steps reached"
 END_STOPPED = "stopped"
+
+
+class Routed(NamedTuple):
+    """A job for the work queue of a shard."""
+
+    shard: int
+    job: CaptureJob
 
 
 class Committed(NamedTuple):
@@ -104,6 +116,8 @@ class Schedule:
         self._failures: dict[int, int] = {}
         self._given_up_in_a_row = 0
         self._staged: deque[CaptureJob] = deque()
+        """In plan order."""
+        self._router = Router(settings.num_shards, by_plan=settings.deterministic)
         self._in_flight: dict[int, int] = {}  # capture → attempt
         self._good_uses = 0
         self._granted_uses = 0
@@ -113,8 +127,9 @@ class Schedule:
         self._last_granted = ledger.last_step
         self._leases: dict[int, StepLease] = {}
         self._reports: dict[int, dict[int, StepReport]] = {}
-        self._taken: frozenset[int] = frozenset()
-        """Uses that the ranks held or had reported when this schedule began beside them: counted as good then."""
+        self._taken: set[int] = set()
+        """Uses that the ranks held or had reported when this schedule began beside them, or when a shard was lost: they
+        are counted as pushed, and never captured again."""
         self._take_over(accounts)
         self._first_step = ledger.last_step + 1
 
@@ -141,7 +156,7 @@ class Schedule:
         for lease in self._leases.values():
             self._named.update(dict.fromkeys(_named_captures(lease), lease.step))
         held = (use for account in accounts for use in account.held if self._ledger.is_open(use))
-        self._taken = frozenset(held) | self._under_way()
+        self._taken = {*held, *self._under_way()}
         self._good_uses = self._pushed_uses = len(self._taken)
         self._settle_tail()
 
@@ -177,7 +192,7 @@ class Schedule:
         if self._is_retry(job.capture):
             self._retry.popleft()
             _, self._reasons[job.capture] = self._retrying.pop(job.capture)
-            self._staged.appendleft(job)
+            insort(self._staged, job, key=lambda staged: staged.capture)
             self._pushed_uses -= self._num_wanted(job.capture)
             return
         self._cursor += 1
@@ -197,19 +212,47 @@ class Schedule:
         self._cursor += 1
         self._skip_open(capture, reason, detail)
 
-    def take_pushable(self, room: int) -> list[CaptureJob]:
-        """The jobs that go to the work queue now, oldest first.
+    def take_pushable(self, rooms: Sequence[int]) -> list[Routed]:
+        """The jobs that go to the work queues now, oldest first.
 
         Args:
-            room: Most jobs that the queue takes.
+            rooms: Most jobs that the queue of each shard takes.
         """
-        jobs: list[CaptureJob] = []
-        while len(jobs) < room and self._has_pushable():
+        left = list(rooms)
+        routed: list[Routed] = []
+        while self._has_pushable() and (shard := self._router.choose(self._staged[0].capture, left)) is not None:
             job = self._staged.popleft()
+            left[shard] -= 1
             self._in_flight[job.capture] = job.attempt
             self._pushed_uses += self._num_wanted(job.capture)
-            jobs.append(job)
-        return jobs
+            self._router.put(job.capture, shard, self._settings.signature.reserved_bytes(job))
+            routed.append(Routed(shard, job))
+        return routed
+
+    def lose(self, shards: Collection[int], accounts: Sequence[RankAccount], why: str) -> None:
+        """All that these shards held or were to capture is gone: what no rank has in memory is encoded again.
+
+        Not between `next_to_encode` and its answer.
+
+        Args:
+            shards: Their tables and queues are empty, and take captures again.
+            accounts: One of each rank, given since: no rank takes samples of the lost tables any more.
+            why: Goes into the capture log with each capture that is made again.
+
+        Raises:
+            ReplayError: The accounts report what `report` refuses.
+        """
+        for report in (report for account in accounts for report in account.reports):
+            if report.step > self._ledger.last_step:
+                self.report(report)
+        has_been = {use for account in accounts for use in account.held} | self._under_way()
+        for capture in sorted(capture for shard in shards for capture in self._router.on(shard)):
+            self._router.remove(capture)
+            first, attempt = capture * self._ledger.plan.reuse, self._in_flight.pop(capture, -1)
+            self._taken.update(first + k for k in self._wanted_ks(capture) if first + k in has_been)
+            if self._wanted_ks(capture):
+                self._retrying[capture] = (attempt, why)
+        self._retry = deque(sorted(self._retrying))
 
     def on_outcome(self, outcome: Outcome) -> Committed | None:
         """Take note of what became of a capture.
@@ -230,6 +273,8 @@ class Schedule:
             if expected is not None and outcome.attempt >= expected:
                 del self._in_flight[capture]
                 self._failures.pop(capture, None)
+                if outcome.num_bytes:  # fewer than reserved, where the target's answer was short
+                    self._router.resize(capture, outcome.num_bytes)
             return Committed(outcome, self._reasons.pop(capture, self._why_again))
         if expected is not None and outcome.attempt < expected:
             return None
@@ -237,6 +282,7 @@ class Schedule:
         if expected is None and not was_lost:
             return None
         self._in_flight.pop(capture, None)
+        self._router.remove(capture)
         self.last_failure = f"capture {capture}, attempt {outcome.attempt}: {outcome.reason}"
         failures = self._failures[capture] = self._failures.get(capture, 0) + 1
         if outcome.retry and failures < MAX_ATTEMPTS:
@@ -343,6 +389,9 @@ class Schedule:
             self._ledger.add_step(
                 StepLine(step=step, generation=self._settings.generation, uses=uses, num_tokens=num_tokens)
             )
+            for capture in {use // self._ledger.plan.reuse for use in uses}:
+                if not self._ledger.open_ks(capture):
+                    self._router.remove(capture)
             self._leases.pop(step, None)
             self._named = {capture: granted for capture, granted in self._named.items() if granted > step}
         self._settle_tail()
@@ -416,6 +465,8 @@ class Schedule:
     def _has_pushable(self) -> bool:
         if not self._staged:
             return False
+        if self._staged[0].capture in self._named:  # its step is granted, however few are still allowed
+            return True
         limit = self._allowed_uses()
         if self._settings.tail == "drop" and not self.ended:
             full = self._good_uses // self._settings.uses_per_step * self._settings.uses_per_step

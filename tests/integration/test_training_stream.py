@@ -160,6 +160,7 @@ def train(
         max_steps=max_steps or trainer.max_steps,
         deterministic=trainer.deterministic,
         tail=trainer.tail,
+        signature=signature,
         lookahead_captures=8,
         capture_log=str(output_dir / "captures.jsonl"),
         answers=str(output_dir / "answers.jsonl"),

@@ -13,7 +13,7 @@ def make_schedule(num_prompts: int) -> Schedule:
     settings = schedule_settings(generation=GENERATION)
     schedule = Schedule(Ledger(PlanHeader(num_prompts=num_prompts, epochs=1, reuse=1, seed=0, digest="")), settings)
     while True:
-        for job in schedule.take_pushable(100):
+        for _, job in schedule.take_pushable([100]):
             assert job.attempt == 0
         capture = schedule.next_to_encode()
         if capture is None:

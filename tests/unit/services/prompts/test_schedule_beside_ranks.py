@@ -23,6 +23,7 @@ from services.errors import ReplayError
 from services.prompts.ledger import CaptureLine, Ledger, PlanHeader, audit
 from services.prompts.records import CoordinatorSettings
 from services.prompts.scheduling import END_EXHAUSTED, Schedule
+from services.replay.links import shard_of
 from trainer.account import Account
 
 GENERATION = 7
@@ -47,7 +48,7 @@ def make_job(capture: int, attempt: int, reuse: int, ks: tuple[int, ...] | None)
 
 
 def account(rank: int, **entries: object) -> RankAccount:
-    return RankAccount.model_validate({"rank": rank, "generation": GENERATION, "incarnation": "b"} | entries)
+    return RankAccount.model_validate({"rank": rank, "generation": GENERATION, "incarnations": ("b",)} | entries)
 
 
 def step_report(step: int, rank: int, *uses: int) -> StepReport:
@@ -58,7 +59,7 @@ def pump(schedule: Schedule) -> list[CaptureJob]:
     """Encode and push until nothing more is wanted."""
     pushed: list[CaptureJob] = []
     while True:
-        jobs = schedule.take_pushable(100)
+        jobs = [routed.job for routed in schedule.take_pushable([100])]
         pushed += jobs
         capture = schedule.next_to_encode()
         if capture is None and not jobs:
@@ -121,6 +122,7 @@ class Rank:
     """One rank: takes leases ahead, reads samples, reports when the group's step is done; keeps its account."""
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self.account = Account(number, GENERATION)
         self.leases: deque[StepLease] = deque()
         self.held: deque[tuple[int, ...]] = deque()
@@ -131,7 +133,7 @@ class Rank:
 
 
 class World:
-    """Queue, buffer and ranks that behave in every way they may; buffer and schedule are lost now and then."""
+    """Queues, tables and ranks that behave in every way they may; shards and schedule are lost now and then."""
 
     def __init__(self, seed: int, settings: CoordinatorSettings, num_prompts: int) -> None:
         self.random, self.settings = random.Random(seed), settings
@@ -140,38 +142,68 @@ class World:
         self.log: list[str] = []
         self.ranks = [Rank(number) for number in range(settings.world_size)]
         self.life = 0
+        self.incarnations = [f"{shard}/0" for shard in range(settings.num_shards)]
+        self.empty: set[int] = set()
+        """Shards that were lost and wait for the ranks' accounts."""
         self.saved_steps, self.saved_texts = [0], [self.ledger.text(0)]
         self._empty()
 
     def _empty(self) -> None:
-        self.queue: deque[CaptureJob] = deque()
-        self.ready: list[tuple[int, CaptureJob]] = []
-        self.outcomes: list[Outcome] = []
+        shards = range(self.settings.num_shards)
+        self.queues: list[deque[CaptureJob]] = [deque() for _ in shards]
+        self.ready: list[list[tuple[int, CaptureJob]]] = [[] for _ in shards]
+        self.outcomes: list[list[Outcome]] = [[] for _ in shards]
+        self.empty = set()
 
-    def lose(self, *, with_ledger: bool) -> None:
-        """Redis restarts empty, and with_ledger the coordinator too: it has only the newest checkpoint's ledger."""
+    def lose_all(self) -> None:
+        """The coordinator was killed: it has only the newest checkpoint's ledger, and clears all shards."""
         self._empty()
         self.life += 1
-        if with_ledger:
-            self.ledger = Ledger.resume(self.saved_texts[-1], self.ledger.plan, origin="x")
-        accounts = [rank.account.answer(str(self.life)) for rank in self.ranks]
+        self.incarnations = [f"{shard}/{self.life}" for shard in range(self.settings.num_shards)]
+        self.ledger = Ledger.resume(self.saved_texts[-1], self.ledger.plan, origin="x")
+        self.schedule = Schedule(self.ledger, self.settings, self._accounts(), "lost")
+
+    def lose_shard(self) -> None:
+        """A Redis restarts empty."""
+        shard = self.random.randrange(self.settings.num_shards)
+        self.queues[shard].clear()
+        self.ready[shard].clear()
+        self.outcomes[shard].clear()
+        self.life += 1
+        self.incarnations[shard] = f"{shard}/{self.life}"
+        self.empty.add(shard)
+
+    def recapture(self) -> None:
+        """All ranks have given their accounts, some time after the loss."""
+        if self.empty:
+            self.drain()
+            self.life += 1
+            self.schedule.lose(self.empty, self._accounts(), "lost")
+            self.empty = set()
+
+    def _accounts(self) -> list[RankAccount]:
+        accounts = [rank.account.answer(tuple(self.incarnations)) for rank in self.ranks]
         for note in (note for one in accounts for note in one.samples):
             if note.attempt not in self._attempts(note.capture):
                 self._log(note.capture, note.attempt)
-        self.schedule = Schedule(self.ledger, self.settings, accounts, "lost")
+        return accounts
 
     def save(self) -> None:
         """Every rank is between two steps: a checkpoint."""
         if any(rank.unsent for rank in self.ranks) or self.ledger.last_step == self.saved_steps[-1]:
             return
+        self.recapture()  # a ledger is given only once the log has all of its captures
+        self.drain()
         self.saved_steps.append(self.ledger.last_step)
         self.saved_texts.append(self.ledger.text(self.ledger.last_step))
         for rank in self.ranks:
             rank.account.saved(self.ledger.last_step)
 
     def feed(self) -> None:
-        for job in self.schedule.take_pushable(3 - len(self.queue)):
-            self.queue.append(job)
+        rooms = [0 if shard in self.empty else 3 - len(queue) for shard, queue in enumerate(self.queues)]
+        for shard, job in self.schedule.take_pushable(rooms):
+            assert not self.settings.deterministic or shard == shard_of(job.capture, self.settings.num_shards)
+            self.queues[shard].append(job)
         capture = self.schedule.next_to_encode()
         if capture is None:
             return
@@ -182,22 +214,24 @@ class World:
         self.schedule.add(make_job(capture, attempt, self.settings.reuse, self.schedule.remaining_ks(capture)))
 
     def capture(self) -> None:
-        if not self.queue:
+        shard = self.random.randrange(self.settings.num_shards)
+        if not self.queues[shard]:
             return
-        job = self.queue.popleft()
-        if self.random.random() < 0.1:
+        job = self.queues[shard].popleft()
+        if self.random.random() < 0.1 and not self.settings.deterministic:
             failed = Outcome(capture=job.capture, attempt=job.attempt, kind="failed", retry=True, reason="dice")
             assert self.schedule.on_outcome(failed) is None
             return
         committed = Outcome(capture=job.capture, attempt=job.attempt, kind="committed", num_tokens=3, num_bytes=9)
-        self.outcomes.append(committed)
-        self.ready += [(k, job) for k in job.ks or ()]
+        self.outcomes[shard].append(committed)
+        self.ready[shard] += [(k, job) for k in job.ks or ()]
 
     def drain(self) -> None:
-        for outcome in self.outcomes:
-            assert self.schedule.on_outcome(outcome) is not None
-            self._log(outcome.capture, outcome.attempt)
-        self.outcomes.clear()
+        for outcomes in self.outcomes:
+            for outcome in outcomes:
+                assert self.schedule.on_outcome(outcome) is not None
+                self._log(outcome.capture, outcome.attempt)
+            outcomes.clear()
 
     def prefetch(self) -> None:
         rank = self.random.choice(self.ranks)
@@ -210,15 +244,34 @@ class World:
             if not lease.is_end:
                 rank.leases.append(lease)
                 rank.next_step += 1
-        missing = sum(lease.num_micro_batches for lease in rank.leases) - len(rank.held)
-        size = self.settings.micro_batch_size
-        if missing <= 0 or (len(self.ready) < size and not self.schedule.is_complete):
+        passes = [
+            None if lease.captures is None else lease.captures[rank.number][number]
+            for lease in rank.leases
+            for number in range(lease.num_micro_batches)
+        ]
+        if len(rank.held) == len(passes):
             return
-        self.random.shuffle(self.ready)
-        taken, self.ready = self.ready[:size], self.ready[size:]
-        leases = [self._lease(k, job) for k, job in taken]
-        if rank.account.hold(leases):
+        leases = self._take(passes[len(rank.held)])
+        if leases is not None and rank.account.hold(leases):
             rank.held.append(tuple(lease.use for lease in leases))
+
+    def _take(self, captures: tuple[int, ...] | None) -> list[SampleLease] | None:
+        """A micro-batch's leases, from whatever shards have them; None if it is not ready."""
+        places = [(shard, k, job) for shard, ready in enumerate(self.ready) for k, job in ready]
+        size = self.settings.micro_batch_size
+        if captures is None:
+            if len(places) < size and not (self.schedule.is_complete and not self.empty):
+                return None
+            self.random.shuffle(places)
+            chosen = places[:size]
+        else:
+            by_capture = {job.capture: (shard, k, job) for shard, k, job in places}
+            if not all(capture in by_capture for capture in captures):
+                return None
+            chosen = [by_capture[capture] for capture in captures]
+        for shard, k, job in chosen:
+            self.ready[shard].remove((k, job))
+        return [self._lease(shard, k, job) for shard, k, job in chosen]
 
     def train(self) -> None:
         if any(rank.unsent or not rank.leases for rank in self.ranks):
@@ -241,10 +294,10 @@ class World:
     def is_over(self) -> bool:
         return all(rank.is_over and not rank.leases and not rank.unsent for rank in self.ranks)
 
-    def _lease(self, k: int, job: CaptureJob) -> SampleLease:
+    def _lease(self, shard: int, k: int, job: CaptureJob) -> SampleLease:
         sample = Sample(job=job, chunks=(), num_bytes=9, target="x")
         use = job.capture * self.settings.reuse + k
-        return SampleLease(lease_id=f"{self.life}.{use}", use=use, k=k, sample=sample)
+        return SampleLease(lease_id=f"{self.incarnations[shard]}.{use}", use=use, k=k, sample=sample)
 
     def _attempts(self, capture: int) -> list[int]:
         lines = [CaptureLine.model_validate_json(line) for line in self.log]
@@ -266,11 +319,16 @@ class World:
     accumulation=st.integers(1, 2),
     tail=st.sampled_from(["pad", "drop"]),
     max_steps=st.none() | st.integers(1, 6),
+    num_shards=st.integers(1, 3),
+    deterministic=st.booleans(),
 )
-def test_any_run_that_loses_buffer_and_coordinator_ends_and_balances(
-    seed, num_prompts, reuse, world_size, micro_batch_size, accumulation, tail, max_steps
+def test_any_run_that_loses_shards_and_coordinator_ends_and_balances(
+    seed, num_prompts, reuse, world_size, micro_batch_size, accumulation, tail, max_steps, num_shards, deterministic
 ):
+    reuse = 1 if deterministic else reuse
     chosen = schedule_settings(
+        num_shards=num_shards,
+        deterministic=deterministic,
         reuse=reuse,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
@@ -279,15 +337,18 @@ def test_any_run_that_loses_buffer_and_coordinator_ends_and_balances(
         max_steps=max_steps,
     )
     world = World(seed, chosen, num_prompts)
-    acts = [world.feed, world.capture, world.drain, world.prefetch, world.prefetch, world.train, world.send, world.save]
+    acts = [
+        *(world.feed, world.capture, world.drain, world.prefetch, world.prefetch, world.train, world.send, world.save),
+        world.recapture,
+    ]
     for number in range(20_000):
         if world.is_over:
             break
         if number < 600 and world.random.random() < 0.02:
-            world.lose(with_ledger=world.random.random() < 0.5)
+            world.random.choice([world.lose_shard, world.lose_all])()
         world.random.choice(acts)()
     assert world.is_over, "the run did not end"
-    world.drain()
+    world.save()
     ledger = world.ledger
     summary = audit(ledger.text(ledger.last_step).splitlines(), world.log)
     assert summary.balanced, summary.problems

@@ -56,7 +56,7 @@ def pump(schedule: Schedule, room: int = 100) -> list[int]:
     """Encode and push until nothing more is wanted; returns the captures pushed."""
     pushed = []
     while True:
-        jobs = schedule.take_pushable(room)
+        jobs = [routed.job for routed in schedule.take_pushable([room])]
         pushed += [job.capture for job in jobs]
         if not encode_all(schedule) and not jobs:
             return pushed
@@ -120,11 +120,11 @@ def test_other_generation_is_refused():
 def test_encoding_runs_ahead_of_a_full_queue_as_far_as_the_next_step_needs():
     # The buffer may hold less than a step: without this the grant would wait for space, and the space for the grant.
     schedule, _ = make(100)
-    assert schedule.take_pushable(0) == []
+    assert schedule.take_pushable([0]) == []
     assert encode_all(schedule) == [0, 1, 2, 3]
     grant(schedule, 1)
     assert encode_all(schedule) == [4, 5, 6, 7]
-    assert [job.capture for job in schedule.take_pushable(3)] == [0, 1, 2]
+    assert [routed.job.capture for routed in schedule.take_pushable([3])] == [0, 1, 2]
     assert encode_all(schedule) == []
 
 
@@ -132,7 +132,7 @@ def test_room_in_the_queue_is_filled_ahead_of_grants():
     schedule, _ = make(100)
     pushed = []
     for _ in range(20):
-        pushed += [job.capture for job in schedule.take_pushable(10 - len(pushed))]
+        pushed += [routed.job.capture for routed in schedule.take_pushable([10 - len(pushed)])]
         encode_all(schedule)
     assert pushed == list(range(10))
 
@@ -220,7 +220,7 @@ def test_failed_capture_goes_again_with_the_next_attempt():
     assert schedule.attempt(2, at_least=0) == 4
     assert schedule.attempt(2, at_least=9) == 9
     schedule.add(job(2, attempt=4))
-    assert [(job.capture, job.attempt) for job in schedule.take_pushable(9)] == [(2, 4)]
+    assert [(routed.job.capture, routed.job.attempt) for routed in schedule.take_pushable([9])] == [(2, 4)]
     assert commit(schedule, 2, attempt=4) == "target died"
 
 
@@ -292,7 +292,7 @@ def test_lost_sample_is_captured_again():
 def test_outcomes_that_concern_nobody_are_passed_over():
     schedule, ledger = make(20)
     encode_all(schedule)
-    assert [job.capture for job in schedule.take_pushable(2)] == [0, 1]
+    assert [routed.job.capture for routed in schedule.take_pushable([2])] == [0, 1]
     commit(schedule, 0)
     grant(schedule, 1)
     report(schedule, 1, (0,), ())
@@ -468,7 +468,7 @@ class World:
         return max((line.attempt + 1 for line in lines if line.capture == capture), default=0)
 
     def feed(self) -> None:
-        self.queue.extend(self.schedule.take_pushable(3 - len(self.queue)))
+        self.queue.extend(routed.job for routed in self.schedule.take_pushable([3 - len(self.queue)]))
         capture = self.schedule.next_to_encode()
         if capture is None:
             return
