@@ -3,6 +3,8 @@
 Features can be made again, but only for the tokens they were made of. So an answer is on disk before the sample that
 it belongs to becomes visible, and from then on its prompt is captured with exactly these tokens: in later epochs, after
 a crash, after a resume (specs/streaming.md).
+
+Every shard writes a file of its own (`answers_of`): half a line that a killed one leaves is never in another's way.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ class Answer(Record):
     token_ids: tuple[TokenId, ...]
 
 
+def answers_of(path: Path, shard: int) -> Path:
+    """The file that a shard writes, for the file of the first: answers.jsonl, answers-1.jsonl, …"""
+    return path.with_name(f"{path.stem}-{shard}{path.suffix}") if shard else path
+
+
 class AnswerWriter:
     """Appends answers; threads may share it."""
 
@@ -54,13 +61,15 @@ class AnswerWriter:
 
 
 class AnswerBook:
-    """Reads the answers that a writer, in whatever process, has appended so far; the newest of a prompt counts."""
+    """Reads the answers that writers, in whatever processes, have appended so far; the newest of a prompt counts."""
 
     def __init__(self, path: Path) -> None:
-        """Attach to a file that need not exist yet."""
+        """Attach to the first shard's file and those beside it, of this attempt and of earlier ones.
+
+        None of them need exist yet.
+        """
         self._path = path
-        self._offset = 0
-        self._num_lines = 0
+        self._files: dict[Path, _Answers] = {}
         self._answers: dict[int, tuple[int, ...]] = {}
 
     def find(self, prompt: int) -> tuple[int, ...] | None:
@@ -69,10 +78,22 @@ class AnswerBook:
         Raises:
             CheckpointError: A line is no answer.
         """
-        self._read_on()
+        others = self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}")
+        for path in (self._path, *sorted(others)):
+            self._files.setdefault(path, _Answers(path)).read_on(self._answers)
         return self._answers.get(prompt)
 
-    def _read_on(self) -> None:
+
+class _Answers:
+    """One writer's file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._num_lines = 0
+
+    def read_on(self, answers: dict[int, tuple[int, ...]]) -> None:
+        """Add what has been appended since the last call, by prompt."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -89,4 +110,4 @@ class AnswerBook:
                     ) from error
                 self._offset += len(line)
                 self._num_lines += 1
-                self._answers[answer.prompt] = answer.token_ids
+                answers[answer.prompt] = answer.token_ids

@@ -16,7 +16,6 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +28,6 @@ from services.control.records import RunStatus
 from services.errors import (
     NotBegunError,
     PartDiedError,
-    ReplayUnavailableError,
     SlipstreamError,
     StoppedError,
     TargetError,
@@ -37,9 +35,6 @@ from services.errors import (
 from services.logs import EventLog, process_log
 from services.placement import address_for_others, this_node
 from services.prompts.coordinator import Progress
-from services.replay.connect import connect
-from services.replay.registry import TargetRegistry
-from services.replay.table import RedisTable
 from services.replay.urls import hide_passwords
 from services.security import Credentials
 from services.target.listening import Listening
@@ -48,7 +43,7 @@ from services.telemetry import HistoryFile, Journal, RunOutcome, Sink, Telemetry
 from services.views.prometheus import PrometheusSink
 from services.views.tensorboard import TensorBoardSink
 from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoint
-from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, Part, ray_cluster, result_of, wait_started
+from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, ray_cluster, result_of, wait_started
 from trainer.console import RunConsole
 from trainer.draft_vocabulary import ensure_vocabulary
 from trainer.evaluations import Evaluations
@@ -60,6 +55,7 @@ from trainer.preparation import Preparation, prepare
 from trainer.recipe import Recipe
 from trainer.run_redis import RunRedis, run_redis, table_prefix
 from trainer.scaling import TargetScaling
+from trainer.shards import Shards
 from trainer.steering import Steering
 from trainer.summary import Summary
 from trainer.supervision import Restarts, persist
@@ -71,7 +67,7 @@ POLL_S = 0.25
 LOAD_DEADLINE_S = 600.0
 """How long a target may take to load its weights."""
 
-SHARD, COORDINATOR, GROUP, EVALUATOR = "the replay shard", "the coordinator", "a trainer rank", "the evaluator"
+COORDINATOR, GROUP, EVALUATOR = "the coordinator", "a trainer rank", "the evaluator"
 """Parts that are started again when they lose their process, each so often and no more."""
 
 STOP_DEADLINE_S = 60.0
@@ -127,14 +123,13 @@ class Job:
         self._started_s = started_s
         self._resume = latest_checkpoint(output.path)
         self._began_at_step = checkpoint_step(self._resume) if self._resume else None
-        self._where = (redis.url, table_prefix(output))
         self._keep_redis_alive = redis.keep_alive
-        self._redis = connect(redis.url)
-        self._table = RedisTable(self._redis, table_prefix(output))
-        self._registry = TargetRegistry(self._redis, table_prefix(output))
+        self._prefix = table_prefix(output)
         credentials = Credentials.make(insecure=self._recipe.target.insecure)
+        self._parts = Parts(prepared, output, (redis.urls, self._prefix), credentials)
+        self._shards = Shards(redis.urls, self._prefix, self._parts, self._look)
         self._listening = Listening(self._recipe.target.listen, credentials, this_node())
-        self._pool = TargetPool(self._recipe.target, self._publish_targets, output.log_place("target"), self._listening)
+        self._pool = TargetPool(self._recipe.target, self._shards.publish, output.log_place("target"), self._listening)
         self._evaluations = Evaluations(
             prepared.recipe, str(prepared.target_folder), output.evaluations, output.log_place("evaluator")
         )
@@ -145,10 +140,9 @@ class Job:
         )
         self._journal = Journal([HistoryFile(output.telemetry), self._board, self._scaling, *views])
         self._steering = Steering(self._board, self, self._report)
-        self._parts = Parts(prepared, output, self._where, credentials)
         self._generation = 0
         self._heldout: list[list[int]] = []
-        self._restarts = {what: Restarts(what) for what in (SHARD, COORDINATOR, GROUP, EVALUATOR)}
+        self._restarts = {what: Restarts(what) for what in (COORDINATOR, GROUP, EVALUATOR)}
         self._is_paused = False
         self._is_stopping = False
         self._start_is_due = True
@@ -161,37 +155,34 @@ class Job:
             stack.callback(self._journal.close)
             stack.callback(self._write_end, error)
             stack.callback(self._steering.close)
-            stack.callback(self._redis.close)
-            stack.callback(self._destroy_table)
+            stack.callback(self._shards.close)
+            stack.callback(self._shards.destroy)
             stack.callback(self._pool.stop)
             stack.callback(self._parts.end)
             stack.callback(self._evaluations.close)
 
     def start(self) -> None:
         """Place every part and let the ranks begin."""
-        recipe, signature = self._recipe, self._prepared.signature
+        recipe = self._recipe
         self._steering.open()
         self._write_run()
         self._evaluations.check()
-        self._table.destroy()  # what a killed attempt left in a user's own Redis: all of it can be made again
-        replay = recipe.replay
-        self._table.create(replay.capacity, signature, replay.reuse, replay.rate_limiter, replay.sampling)
-        self._pool.start()
         self._generation = self._output.next_generation()
-        self._table.set_generation(self._generation)
+        self._shards.make_tables(recipe.replay, self._prepared.signature, self._generation)
+        self._pool.start()
         self._coordinator = self._parts.coordinator(Beginning(self._generation, self._resume))
         self._observer = Observer(
             self._console,
             self._journal,
-            TelemetryReader(self._redis, table_prefix(self._output)),
-            self._table,
+            TelemetryReader(self._shards.control, self._prefix),
+            self._shards,
             self._progress,
             self._pool.states,
             self._started_s,
             self._scaling.status,
         )
         self._observer.phase("starting target, replay shard, coordinator and trainer")
-        self._shard = self._parts.shard()
+        self._shards.start()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)
         vocabulary = ensure_vocabulary(recipe, self._prepared.target_folder, self._output.path, self._resume)
         if vocabulary is not None:
@@ -203,7 +194,7 @@ class Job:
             self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
         self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
         self._check_target()
-        self._filling = self._shard.actor.run.remote()
+        self._shards.fill()
         self._begin_group()
         if self._resume:
             self._console.say(f"resumed from {self._resume}")
@@ -219,9 +210,10 @@ class Job:
 
     def _follow(self) -> None:
         """One look at everything, for at most `POLL_S` if nothing happens."""
-        if news := self._keep_redis_alive():
+        for news in self._keep_redis_alive():
             self._say("redis", news)
-        done, _ = ray.wait([self._filling, self._attending, *self._group.calls], num_returns=1, timeout=POLL_S)
+        waiting = [*self._shards.calls, self._attending, *self._group.calls]
+        done, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
         for call in done:
             self._take_in(call)
         self._pool.check()
@@ -241,15 +233,15 @@ class Job:
 
     def _take_in(self, call: Any) -> None:
         """Take a call that came back, of which only a rank's should; what lost its process is started again."""
+        if call in self._shards.calls:
+            self._say("restart", self._shards.take(call))
+            return
         try:
-            if call == self._filling:
-                result_of(call, "the replay shard")
-                raise SlipstreamError("the replay shard ended before training did")
             if call == self._attending:
                 result_of(call, "the coordinator")
                 raise SlipstreamError("the coordinator ended before training did")
         except PartDiedError as error:
-            self._revive_shard(error) if call == self._filling else self._revive_coordinator(error)
+            self._revive_coordinator(error)
             return
         try:
             self._group.take(call)
@@ -258,23 +250,6 @@ class Job:
                 raise
             self._renew_group(error)
             self._begin_group()
-
-    def _revive_shard(self, cause: PartDiedError) -> None:
-        """Put a new shard beside the table: it adopts the samples and takes the jobs of the dead one back."""
-        self._restarts[SHARD].count(time.monotonic(), cause)
-        self._say("restart", "the replay shard lost its process; another one takes over what is in the buffer")
-        self._parts.drop(self._shard)
-        self._shard = persist(self._started_shard, self._steering.look)
-        self._filling = self._shard.actor.run.remote()
-
-    def _started_shard(self) -> Part:
-        shard = self._parts.shard()
-        try:
-            wait_started([shard], self._steering.look)
-        except SlipstreamError:
-            self._parts.drop(shard)
-            raise
-        return shard
 
     def _revive_coordinator(self, cause: PartDiedError) -> None:
         """Set the coordinator up again in the process that Ray gives it; the ranks' accounts say where they are."""
@@ -464,8 +439,8 @@ class Job:
             is_stopped=self._is_stopping,
         )
 
-    def _publish_targets(self, addresses: Sequence[str]) -> dict[str, str]:
-        return self._registry.publish(addresses, time.time())
+    def _look(self) -> None:
+        self._steering.look()
 
     def _check_target(self) -> None:
         described, expected = self._pool.describe(), self._prepared.signature
@@ -528,10 +503,6 @@ class Job:
                 self._revive_coordinator(PartDiedError(str(error)))
             except PartDiedError as error:
                 self._revive_coordinator(error)
-
-    def _destroy_table(self) -> None:
-        with contextlib.suppress(ReplayUnavailableError):  # Redis is gone, and the table with it
-            self._table.destroy()
 
 
 def cache_bytes(num_tokens: int, signature: TableSignature) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evaluation.report import Report
 from services.contracts import Autoscaling, Event, TableInfo, TargetState
 from services.errors import ReplayUnavailableError, TableLostError
 from services.prompts.coordinator import Progress
-from services.replay.table import RedisTable
+from services.replay.links import sum_infos
 from services.running_means import RunningMeans
 from services.telemetry import Journal, TelemetryReader
 from trainer.checkpoint import checkpoint_step
@@ -28,6 +28,14 @@ RATE_WINDOW_S = 10.0
 """Tokens a second are counted over so long."""
 
 
+class Tables(Protocol):
+    """What the observer asks of the run's tables."""
+
+    def infos(self) -> list[TableInfo]:
+        """Every table's state now."""
+        ...
+
+
 class Observer:
     """Turns what the parts report into one `RunState`, shows it, and hands it to the run's journal as records.
 
@@ -35,7 +43,7 @@ class Observer:
         console: Where the run is shown in the terminal.
         journal: Takes every record, those of the ranks and those made here (`services.telemetry` lists the kinds).
         telemetry: The ranks' and shards' records.
-        table: The run's table, for its bytes.
+        tables: The run's tables, for their bytes.
         progress: The coordinator's figures of now.
         targets: What each target does now.
         started_s: Wall-clock time at which the user's command began.
@@ -50,28 +58,30 @@ class Observer:
         console: RunConsole,
         journal: Journal,
         telemetry: TelemetryReader,
-        table: RedisTable,
+        tables: Tables,
         progress: Callable[[], Progress],
         targets: Callable[[], Sequence[TargetState]],
         started_s: float,
         autoscaling: Callable[[], Autoscaling | None] = lambda: None,
     ) -> None:
-        info = table.info()
-        self.tables: tuple[TableInfo, ...] = (info,)
+        self.tables = tuple(tables.infos())
+        """Of each shard, as last read."""
         self._autoscaling = autoscaling
+        info = sum_infos(self.tables)
         self.state = RunState(capacity_bytes=info.capacity_bytes)
         self.events: list[Event] = []
         self.first_step_s: float | None = None
         self._console = console
         self._journal = journal
         self._telemetry = telemetry
-        self._table = table
+        self._tables = tables
         self._progress = progress
         self._targets = targets
         self._started_s = started_s
         self._phase = "starting"
         self.peak_bytes = info.peak_bytes
-        """Most bytes of features at once, over all tables that this attempt has had."""
+        """Most bytes of features at once, over all tables that this attempt has had. With several shards an upper
+        bound: each had its peak at its own moment."""
         self._redis_away_since_s: float | None = None
         self._next_figures_s = 0.0
         self._means = RunningMeans()
@@ -91,7 +101,7 @@ class Observer:
 
         Raises:
             ReplayUnavailableError: Redis has not answered for `REDIS_AWAY_S`.
-            TableLostError: The table has been away for so long.
+            TableLostError: A table has been away for so long.
             DeadlineError: The coordinator does not answer.
         """
         now_s = time.monotonic()
@@ -173,8 +183,9 @@ class Observer:
         self.state.wait_fraction = record["wait_fraction"]
 
     def _read_figures(self, now_s: float) -> None:
-        progress, info = self.progress(), self._table.info()
-        self.tables = (info,)
+        progress = self.progress()
+        self.tables = tuple(self._tables.infos())
+        info = sum_infos(self.tables)
         self.state.capture_tokens_per_s = self._capture_rate.add(now_s, progress.tokens_captured)
         self.state.train_tokens_per_s = self._train_rate.add(now_s, progress.tokens_trained)
         self.state.resident_bytes = info.resident_bytes
@@ -190,6 +201,7 @@ class Observer:
             tokens_trained=state.tokens_trained,
             capture_tokens_per_s=state.capture_tokens_per_s,
             resident_bytes=state.resident_bytes,
+            shard_bytes=[info.resident_bytes for info in self.tables],
             peak_bytes=self.peak_bytes,
             capacity_bytes=state.capacity_bytes,
             targets=[target.model_dump(mode="json") for target in self._targets()],

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from services.answers import answers_of
 from services.placement import on_this_node
 from services.prompts.coordinator import Coordinator, CoordinatorSettings
 from services.replay.shard import ReplayShard
@@ -54,12 +55,12 @@ class Parts:
     Args:
         prepared: The run.
         output: Its directory.
-        where: URL and key prefix of its Redis.
+        where: The URLs of its Redis, one a shard, and the key prefix in them.
         credentials: For the targets.
     """
 
     def __init__(
-        self, prepared: Preparation, output: OutputDir, where: tuple[str, str], credentials: Credentials
+        self, prepared: Preparation, output: OutputDir, where: tuple[tuple[str, ...], str], credentials: Credentials
     ) -> None:
         self._prepared = prepared
         self._recipe = prepared.for_actors()
@@ -68,17 +69,20 @@ class Parts:
         self._credentials = credentials
         self._parts: list[Part] = []
 
-    def shard(self) -> Part:
+    def shard(self, number: int) -> Part:
         """A replay shard, beside the embedded Redis."""
+        urls, prefix = self._where
         return self._start(
             ReplayShard,
-            *self._where,
-            self._recipe.replay,
+            urls[number],
+            prefix,
+            self._recipe.replay.of_one_shard(),
             self._prepared.signature,
-            self._output.answers,
+            answers_of(self._output.answers, number),
             self._credentials.for_client(),
+            urls[0] if number else None,
             max_concurrency=4,
-            log=self._output.log_place("shard"),
+            log=self._output.log_place("shard", number if len(urls) > 1 else None),
             scheduling_strategy=on_this_node(),
         )
 
@@ -112,6 +116,7 @@ class Parts:
             lives=str(self._output.lives),
             ledger=beginning.ledger,
             generation=beginning.generation,
+            num_shards=recipe.replay.shards,
             joins=beginning.joins,
             is_paused=beginning.is_paused,
             is_stopped=beginning.is_stopped,

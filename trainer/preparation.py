@@ -25,7 +25,7 @@ class Preparation(NamedTuple):
     signature: TableSignature
     last_rows: LastRows
     needed_buffer_bytes: int
-    """The least capacity that can hold the micro-batches in flight at the longest prompt."""
+    """The least capacity that can hold the micro-batches in flight at the longest prompt, in each of its shards."""
 
     def for_actors(self) -> Recipe:
         """The recipe with absolute paths: actors on a cluster work in folders of their own."""
@@ -73,13 +73,16 @@ def prepare(recipe: Recipe) -> Preparation:
             f"replay.chunk {recipe.replay.chunk} cannot hold one token's features: {len(signature.layer_ids)} layers "
             f"of width {signature.hidden_size} as {signature.dtype} are {signature.context_row_bytes} bytes; raise it"
         )
-    needed = needed_buffer_bytes(recipe, signature)
+    # All that ranks have out at once may be of one shard, which must then still take what completes a micro-batch.
+    shards = recipe.replay.shards
+    needed = shards * needed_buffer_bytes(recipe, signature)
     if recipe.replay.capacity < needed:
+        each = f", {needed // shards} on each of replay.shards {shards}," if shards > 1 else ""
         raise RecipeError(
             f"replay.capacity {recipe.replay.capacity} cannot hold the micro-batches in flight: {needed} bytes "
-            f"({needed / 1024**2:.0f}MiB) with {recipe.trainer.layout.samples_per_pass} samples of up to {longest} "
-            "tokens in each. Raise replay.capacity, or lower prompts.max_length, trainer.micro_batch_size or "
-            "trainer.prefetch"
+            f"({needed / 1024**2:.0f}MiB){each} with {recipe.trainer.layout.samples_per_pass} samples of up to "
+            f"{longest} tokens in each. Raise replay.capacity, or lower prompts.max_length, trainer.micro_batch_size"
+            f"{', replay.shards' if shards > 1 else ''} or trainer.prefetch"
         )
     return Preparation(
         recipe=recipe.model_copy(update={"drafter": drafter}),

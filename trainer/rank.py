@@ -24,7 +24,7 @@ class TrainerRank:
     Args:
         rank: Number of this rank; 0 opens the store, writes what is written once, and speaks for the group.
         recipe: The run's recipe, with the drafter's settings resolved for the target.
-        redis_url: Where the replay table and telemetry are.
+        redis_urls: The Redis of each replay shard; telemetry goes to the first.
         prefix: What their keys begin with.
         signature: The table's.
         coordinator: Handle of the coordinator's actor.
@@ -38,7 +38,7 @@ class TrainerRank:
         self,
         rank: int,
         recipe: Recipe,
-        redis_url: str,
+        redis_urls: Sequence[str],
         prefix: str,
         signature: TableSignature,
         coordinator: Any,
@@ -52,7 +52,7 @@ class TrainerRank:
 
         self._rank = rank
         self._recipe = recipe
-        self._redis = (redis_url, prefix)
+        self._redis = (redis_urls, prefix)
         self._signature = signature
         self._coordinator = CoordinatorClient(coordinator, rank, generation)
         self._output_dir = Path(output_dir)

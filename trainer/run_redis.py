@@ -1,52 +1,78 @@
-"""The Redis of a run: an embedded one that the driver keeps alive, or the user's own."""
+"""The Redis of each shard of a run: embedded ones that the driver keeps alive, or the user's own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from services.replay.config import EMBEDDED, ReplayConfig
+import redis
+
+from services.errors import ReplayError
+from services.replay.config import ReplayConfig
 from services.replay.connect import check_server, claim, connect
 from services.replay.embedded import EmbeddedRedis
-from services.replay.urls import with_password
+from services.replay.urls import safe_url, with_password
 from trainer.output import OutputDir
 
 
 class RunRedis(NamedTuple):
     """Where a run's replay buffer is."""
 
-    url: str
-    """With its password: for `connect`, never for people."""
-    keep_alive: Callable[[], str | None]
-    """Call it a few times a second: starts an embedded one again if it was killed, and then says so."""
+    urls: tuple[str, ...]
+    """One a shard, with their passwords: for `connect`, never for people. The first is also the control Redis."""
+    keep_alive: Callable[[], list[str]]
+    """Call it a few times a second: starts embedded ones again that were killed, and then says so."""
 
 
 @contextlib.contextmanager
 def run_redis(config: ReplayConfig, output: OutputDir, host: str | None = None) -> Iterator[RunRedis]:
-    """Hold the Redis of a run; an embedded one ends with the context.
+    """Hold the Redis of each shard of a run; embedded ones end with the context.
 
     Args:
-        config: Which one, and how many bytes it must hold.
+        config: Which ones, and how many bytes they must hold.
         output: Of the run.
         host: Address of this machine for parts of the run on others; None where there are none.
 
     Raises:
-        ReplayError: The user's own does not answer, is too small, or another run uses the prefix; the embedded one
-            does not start.
+        ReplayError: One of the user's own does not answer, is too small, is given twice, or another run uses the
+            prefix; an embedded one does not start.
     """
-    if config.redis == EMBEDDED:
-        with EmbeddedRedis.start(output.path, config.capacity, host) as embedded:
-            yield RunRedis(embedded.url, embedded.keep_alive)
-        return
-    url = with_password(config.redis, os.environ)
-    with contextlib.closing(connect(url)) as client:
-        check_server(client, config.capacity, table_prefix(output))
-        with claim(client, table_prefix(output), owner=str(output.path)):
-            yield RunRedis(url, lambda: None)
+    with contextlib.ExitStack() as stack:
+        if not config.urls:
+            servers = [
+                stack.enter_context(EmbeddedRedis.start(output.path, config.shard_capacity, host, number))
+                for number in range(config.shards)
+            ]
+            yield RunRedis(tuple(server.url for server in servers), lambda: _keep_alive(servers))
+            return
+        urls = tuple(with_password(url, os.environ) for url in config.urls)
+        clients = [stack.enter_context(contextlib.closing(connect(url))) for url in urls]
+        _check_distinct(clients, urls)
+        for client in clients:
+            check_server(client, config.shard_capacity, table_prefix(output))
+            stack.enter_context(claim(client, table_prefix(output), owner=str(output.path)))
+        yield RunRedis(urls, list)
 
 
 def table_prefix(output: OutputDir) -> str:
     """What every Redis key of a run begins with."""
     return f"slipstream:{output.run_id}"
+
+
+def _keep_alive(servers: Sequence[EmbeddedRedis]) -> list[str]:
+    return [news for server in servers if (news := server.keep_alive())]
+
+
+def _check_distinct(clients: Sequence[redis.Redis], urls: Sequence[str]) -> None:
+    """Refuse one server under two URLs: its shards would share its memory, and fall with it together."""
+    seen: dict[str, str] = {}
+    for client, url in zip(clients, urls, strict=True):
+        identity = str(client.info("server")["run_id"])
+        if identity in seen:
+            raise ReplayError(
+                f"replay.redis: {safe_url(seen[identity])} and {safe_url(url)} are one server; every shard has a "
+                "Redis of its own. List different ones, or lower replay.shards"
+            )
+        seen[identity] = url

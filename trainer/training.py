@@ -71,7 +71,7 @@ def train(
     store: dist.TCPStore,
     rank: int,
     recipe: Recipe,
-    redis_url: str,
+    redis_urls: Sequence[str],
     prefix: str,
     *,
     signature: TableSignature,
@@ -88,7 +88,7 @@ def train(
     config = recipe.trainer
     device, dtype = training_device(config), DTYPES[config.precision]
     done_steps = checkpoint_step(resume_from) if resume_from else 0
-    reader = ReplayReader(redis_url, prefix, signature)
+    reader = ReplayReader(redis_urls, prefix, signature)
     loader = MicroBatchLoader(
         reader,
         recipe,
@@ -113,7 +113,7 @@ def train(
                 rank=rank,
             )
         )
-        telemetry = stack.enter_context(contextlib.closing(TelemetryWriter(connect(redis_url), prefix)))
+        telemetry = stack.enter_context(contextlib.closing(TelemetryWriter(connect(redis_urls[0]), prefix)))
         drafter = new_drafter(recipe, output_dir).to(dtype)
         if rank == 0 and not resume_from:
             checkpoints.write_untrained(drafter)

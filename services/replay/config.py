@@ -9,11 +9,13 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, fi
 from services.contracts import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, WireDtype
 from services.replay.rate_limiter import RateLimiter
 from services.replay.selectors import Selector, SelectorKind
-from services.replay.urls import without_password
+from services.replay.urls import split_urls, without_password
 
 EMBEDDED = "embedded"
 
 Tier = Literal["redis", "shm", "auto"]
+
+MAX_SHARDS = 64
 
 MAX_CAPACITY_BYTES = 2**53
 """What Lua's numbers count exactly: 8 PiB."""
@@ -25,6 +27,15 @@ def _check_length(size: Any) -> Any:
     return size
 
 
+def _join_urls(redis: Any) -> Any:
+    if isinstance(redis, list | tuple) and redis and all(isinstance(url, str) for url in redis):
+        return ",".join(redis)
+    return redis
+
+
+Urls = Annotated[str, BeforeValidator(_join_urls)]
+"""One URL, or several with commas between; also as a list."""
+
 Bytes = Annotated[ByteSize, BeforeValidator(_check_length)]
 """A number of bytes, also as text with a unit. Longer texts become numbers that no integer can be made of."""
 
@@ -34,17 +45,23 @@ class ReplayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    redis: str = Field(
+    redis: Urls = Field(
         EMBEDDED,
         repr=False,
         description="'embedded', or the URL of your own Redis: redis://, rediss://, unix://; its password may come "
-        "from the environment variable SLIPSTREAM_REDIS_PASSWORD",
+        "from the environment variable SLIPSTREAM_REDIS_PASSWORD. With shards, a list of so many URLs",
+    )
+    shards: int = Field(
+        1,
+        ge=1,
+        le=MAX_SHARDS,
+        description="replay shards: so many Redis servers, each with a process that fills it, share the captures",
     )
     capacity: Bytes = Field(
         ByteSize(4 * 1024**3),
         gt=0,
         le=MAX_CAPACITY_BYTES,
-        description="most resident feature bytes, captures in flight included ('4GiB')",
+        description="most resident feature bytes, captures in flight included ('4GiB'); each shard has an equal part",
     )
     wire_dtype: WireDtype = Field(
         "bf16",
@@ -100,6 +117,20 @@ class ReplayConfig(BaseModel):
     )
 
     @property
+    def urls(self) -> tuple[str, ...]:
+        """The user's own servers, one a shard; none where they are embedded."""
+        return () if self.redis == EMBEDDED else split_urls(self.redis)
+
+    @property
+    def shard_capacity(self) -> int:
+        """Bytes that each shard may hold: the same for all, so up to `shards` − 1 bytes belong to none."""
+        return int(self.capacity) // self.shards
+
+    def of_one_shard(self) -> Self:
+        """What one shard makes of these settings; `min_size`, the other limits and `pulls` hold for each of them."""
+        return self.model_copy(update={"capacity": ByteSize(self.shard_capacity), "shards": 1})
+
+    @property
     def patience_s(self) -> tuple[float, float]:
         """Longest wait for a capture's first chunk, and for each one after it."""
         return self.first_chunk_s or self.lease_s / 3, self.progress_s or self.lease_s / 10
@@ -118,6 +149,18 @@ class ReplayConfig(BaseModel):
     def sampling(self) -> Selector:
         """How the table chooses samples."""
         return Selector(self.selector, self.priority_exponent, self.importance_exponent)
+
+    @model_validator(mode="after")
+    def _one_server_a_shard(self) -> Self:
+        urls = self.urls
+        if urls and len(urls) != self.shards:
+            raise ValueError(
+                f"replay.redis names {len(urls)} servers and replay.shards is {self.shards}: every shard has a Redis "
+                f"of its own. Set replay.shards to {len(urls)}, or list {self.shards} URLs"
+            )
+        if len(set(urls)) < len(urls):
+            raise ValueError("replay.redis names a server twice: every shard has a Redis of its own. List others")
+        return self
 
     @model_validator(mode="after")
     def _limits_do_something(self) -> Self:
@@ -150,6 +193,6 @@ class ReplayConfig(BaseModel):
         return self
 
     @field_serializer("redis")
-    def _without_password(self, url: str) -> str:
+    def _without_password(self, redis: str) -> str:
         """What is written down and shown has no password."""
-        return without_password(url)
+        return ",".join(map(without_password, split_urls(redis)))

@@ -62,7 +62,7 @@ class EmbeddedRedis:
         self._process = self._spawn()
 
     @classmethod
-    def start(cls, directory: Path, capacity_bytes: int, host: str | None = None) -> Self:
+    def start(cls, directory: Path, capacity_bytes: int, host: str | None = None, number: int = 0) -> Self:
         """Start Redis under its supervisor and wait until it answers.
 
         Args:
@@ -70,12 +70,14 @@ class EmbeddedRedis:
             capacity_bytes: Feature bytes it must be able to hold.
             host: Listen on TCP at this address of the machine, too, on a free port and with a password made for it;
                 None where nothing on other machines needs it.
+            number: Which one, where a run has several: the log of another one than 0 has it in its name.
 
         Raises:
             ReplayUnavailableError: No server is installed, or it did not come up; then it names the log.
         """
         maxmemory_bytes = int(capacity_bytes * MEMORY_FACTOR) + MEMORY_EXTRA_BYTES
-        embedded = cls(directory.resolve() / "redis.log", maxmemory_bytes, host)
+        log = f"redis-{number}.log" if number else "redis.log"
+        embedded = cls(directory.resolve() / log, maxmemory_bytes, host)
         try:
             embedded._wait_ready()
         except BaseException:

@@ -91,6 +91,7 @@ class ReplayShard:
         signature: TableSignature,
         answers: Path | None = None,
         credentials: Credentials | None = None,
+        control_url: str | None = None,
         *,
         connect_target: Callable[[str], CaptureClient] | None = None,
         clock: Callable[[], float] = time.time,
@@ -104,6 +105,7 @@ class ReplayShard:
             signature: What the table holds.
             answers: Where the target's own answers go; needed only for jobs that let it answer.
             credentials: Of the run's targets; None for targets on the loopback interface that ask for none.
+            control_url: Where telemetry goes; None: to `redis_url`.
             connect_target: Makes a target's client; gRPC by default.
             clock: Seconds, shared with whoever leases from the table.
 
@@ -120,7 +122,7 @@ class ReplayShard:
         self._table = RedisTable(client, prefix, chunks=chunks)
         self._work = WorkQueue(client, prefix)
         self._registry = TargetRegistry(client, prefix)
-        self._telemetry = TelemetryWriter(client, prefix)
+        self._telemetry = TelemetryWriter(connect(control_url) if control_url else client, prefix)
         self._answers = AnswerWriter(answers) if answers else None
         self._targets = Targets(signature, connect_target or partial(_connect_grpc, credentials))
         self._judge = Judge()

@@ -81,6 +81,11 @@ def split_arena(url: str) -> tuple[str, str | None]:
     return (url[: match.start()], unquote(match[1])) if match else (url, None)
 
 
+def split_urls(text: str) -> tuple[str, ...]:
+    """The URLs of a text that has one a shard, with commas between. A comma before no scheme belongs to its URL."""
+    return tuple(re.split(r",\s*(?=[a-z]+://)", text))
+
+
 def is_here(url: str) -> bool:
     """Whether a server is on this machine, by the URL that is good here (`reachable`)."""
     parts = urlsplit(url)

@@ -68,6 +68,17 @@ def hit(command: Command, output_dir: Path, part: str, seed: int) -> None:
     assert kill(command.process.pid, part) is not None, f"there is no {part} to kill:\n{command.errors}"
 
 
+def hit_one_of_two(command: Command, output_dir: Path, part: str, seed: int) -> None:
+    """The same, for any of two processes that play a part."""
+    dice = random.Random(f"{seed}/{part} of two")
+    moment, number = dice.randint(2, STEPS // 2), dice.randrange(2)
+    print(f"seed {seed}: {part} {number} is killed after step {moment}")
+    wait_until(lambda: steps_done(output_dir) >= moment, lambda: command.errors, RUN_S)
+    both = find(command.process.pid, part)
+    assert len(both) == 2, f"there are {len(both)} of {part}:\n{command.errors}"
+    both[number].send_signal(signal.SIGKILL)
+
+
 def assert_nothing_lost(summary: dict[str, Any], output_dir: Path, undisturbed: dict[int, float]) -> None:
     ledger = summary["ledger"]
     assert ledger["balanced"], ledger
@@ -105,6 +116,25 @@ def test_part_that_is_killed_costs_time_and_nothing_else(
     assert_nothing_lost(summary, output_dir, undisturbed)
     messages = [event["message"] for event in summary["events"]]
     assert any(told in message for message in messages), messages
+
+
+@pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize(("part", "told"), [("shard", "lost its process; another one"), ("redis", "Redis is back")])
+def test_one_of_two_shards_that_is_killed_costs_no_sample_of_the_other(
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, part: str, told: str
+) -> None:
+    output_dir = tmp_path / "slipstream-demo"
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, "replay.shards=2")
+    hit_one_of_two(command, output_dir, part, seed)
+    summary = command.json(RUN_S)
+    command.assert_nothing_left(within_s=15)
+    assert_nothing_lost(summary, output_dir, undisturbed)
+    messages = [event["message"] for event in summary["events"]]
+    assert any(told in message for message in messages), messages
+    captures = [json.loads(line) for line in (output_dir / "captures.jsonl").read_text().splitlines()]
+    lost = [line["capture"] for line in captures if line["reason"] == "Redis restarted empty"]
+    assert len({capture % 2 for capture in lost}) <= 1, f"the plan puts {lost} on both shards"
+    assert part == "redis" or not lost, "a new process adopts what its Redis holds"
 
 
 @pytest.mark.timeout(2 * RUN_S)

@@ -179,7 +179,7 @@ def train(
         .remote(
             rank,
             recipe,
-            redis_url,
+            [redis_url],
             prefix,
             signature,
             coordinator,

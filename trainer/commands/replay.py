@@ -210,7 +210,7 @@ def _redis(config: ReplayConfig, prefix: str) -> Iterator[_Redis]:
         ):
             yield _Redis(embedded.url, embedded.keep_alive)
         return
-    url = with_password(config.redis, os.environ)
+    (url,) = (with_password(url, os.environ) for url in config.urls)
     with contextlib.closing(connect(url)) as client:
         check_server(client, config.capacity, prefix)
     yield _Redis(url, lambda: None)

@@ -28,8 +28,8 @@ class Parts:
         records, self.records = self.records, []
         return records
 
-    def info(self) -> Any:
-        return SimpleNamespace(resident_bytes=self.resident_bytes, peak_bytes=2000, capacity_bytes=4000)
+    def infos(self) -> list[Any]:
+        return [SimpleNamespace(resident_bytes=self.resident_bytes, peak_bytes=2000, capacity_bytes=4000)]
 
     def take(self, record: dict[str, Any]) -> None:
         self.written.append(record)
@@ -91,6 +91,7 @@ def test_figures_are_written_once_a_second_with_the_rate_of_capture(
     figures = parts.written[-1]
     assert figures["capture_tokens_per_s"] == 600 / 2.0
     assert (figures["tokens_captured"], figures["tokens_trained"]) == (600, 200)
+    assert figures["shard_bytes"] == [1500]
     assert (figures["resident_bytes"], figures["peak_bytes"], figures["capacity_bytes"]) == (1500, 2000, 4000)
     assert figures["targets"] == [{"index": 0, "state": "serving", "address": "127.0.0.1:5000", "message": ""}]
 

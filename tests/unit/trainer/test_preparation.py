@@ -77,6 +77,15 @@ def test_capacity_holds_exactly_the_micro_batches_in_flight(target: str) -> None
         prepare(recipe(target, capacity=needed - 1))
 
 
+def test_each_shard_must_hold_what_ranks_have_out_at_once(target: str) -> None:
+    one = 4 * 4096 * (5 + 1) * 64 * 2
+    assert prepare(recipe(target, capacity=3 * one, shards=3)).needed_buffer_bytes == 3 * one
+    with pytest.raises(
+        RecipeError, match=rf"{3 * one} bytes \(.*\), {one} on each of replay.shards 3, .*lower .*shards"
+    ):
+        prepare(recipe(target, capacity=3 * one - 1, shards=3))
+
+
 def test_target_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"config\.json"):
         prepare(recipe(str(tmp_path)))

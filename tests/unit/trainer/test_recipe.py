@@ -100,7 +100,7 @@ def test_unknown_key_names_every_section_that_has_it(recipe_file: Path) -> None:
 
 
 def test_unknown_key_lists_what_is_known_when_nothing_is_near(recipe_file: Path) -> None:
-    assert "known here: redis, capacity, wire_dtype" in explain(recipe_file, "replay.zzz=1")
+    assert "known here: redis, shards, capacity" in explain(recipe_file, "replay.zzz=1")
     assert "known here: name, output_dir, target, drafter, prompts, replay, trainer, evaluation" in explain(
         recipe_file, "zzz.yyy=1"
     )
