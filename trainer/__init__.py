@@ -4,6 +4,6 @@ command      cli, recipe, console (what is shown), summary (what a run ends with
 driver       job (the run in one file), preparation, output, cluster, reaper, observer, evaluations
 each rank    rank (the actor), training (puts it together), loop (the training loop), distributed, schedule, figures
 its samples  prefetch, depth (how far ahead), loading (leases), packing_order (which go together), packing (which row
-             goes where), assembly (reads them there), buffers (the memory), collate (the micro-batch, to the GPU)
+             goes where), assembly (reads them there), collate (the micro-batch, to the GPU)
 checkpoints  checkpoint (where they lie), saving (what is in them), provenance
 """

@@ -16,10 +16,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from services.buffers import ALIGNMENT, BufferPool
 from services.codec import TORCH_DTYPES, byte_view, decode_into
 from services.contracts import SampleLease, TableSignature
 from services.replay.store import ChunkReader
-from trainer.buffers import ALIGNMENT, BufferPool
 from trainer.collate import DeviceCopy, MicroBatch, packed, without_samples
 from trainer.packing import ChunkPlace, pack
 
@@ -46,7 +46,7 @@ class Assembler:
         self._widths = (len(signature.layer_ids) * signature.hidden_size, signature.hidden_size)
         """Of context and last."""
         self._pool = BufferPool(pinned=device.type == "cuda")
-        self._device_copy = DeviceCopy(device, self._pool.give_back) if device.type == "cuda" else None
+        self._device_copy = DeviceCopy(device) if device.type == "cuda" else None
         self._staging = torch.empty(0, dtype=torch.uint8)
 
     def num_bytes(self, leases: Sequence[SampleLease]) -> int:
@@ -83,14 +83,14 @@ class Assembler:
                         self._read_chunk(reader, place, rows[place.chunk.tensor])
             micro_batch = packed(leases, anchor_seeds, context, last, buffer)
         except BaseException:
-            self._pool.give_back(buffer)
+            buffer.release()
             raise
         return self._on_device(micro_batch)
 
     def release(self, micro_batch: MicroBatch) -> None:
         """Nothing reads a micro-batch any more: its memory serves the next one."""
         if micro_batch.buffer is not None:
-            self._pool.give_back(micro_batch.buffer)
+            micro_batch.buffer.release()
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch if self._device_copy is None else self._device_copy.begin(micro_batch)

@@ -5,15 +5,15 @@ Letters: B samples of the micro-batch, ΣT tokens of all of them, L captured lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from drafters import FeatureBatch
+from services.buffers import Buffer, Copied
 from services.contracts import SampleLease
-from trainer.buffers import Buffer, Copied
 
 EMPTY_ROW_TOKENS = 2
 """Length of a micro-batch without any sample: the shortest that has a token and a next one."""
@@ -114,12 +114,10 @@ class DeviceCopy:
 
     Args:
         device: The GPU.
-        give_back: Takes a host buffer from which a copy was begun, and what says that it is done.
     """
 
-    def __init__(self, device: torch.device, give_back: Callable[[Buffer, Copied], None]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._give_back = give_back
         self._copying = torch.cuda.Stream(device)
         self._training = torch.cuda.default_stream(device)
 
@@ -146,7 +144,7 @@ class DeviceCopy:
             )
             copied.record(self._copying)
         if micro_batch.buffer is not None:
-            self._give_back(micro_batch.buffer, copied)
+            micro_batch.buffer.release(copied)
         return moved
 
     def _move(self, tensor: Tensor) -> Tensor:

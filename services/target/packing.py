@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from services.buffers import Buffer, BufferPool
 from services.codec import TORCH_DTYPES, encode_into
 from services.contracts import WireDtype, hidden_state_bytes
 from services.errors import TargetUnavailableError
-from services.target.buffers import Buffer, BufferPool
 
 
 class CapturedFeatures(NamedTuple):

@@ -29,10 +29,10 @@ HEAVY = ("torch", "transformers", "deepspeed")
 # the command line and its checks, coordinator, shard, table, the client of the targets. Most of drafters is models, so
 # there the exceptions are named.
 WITH_TORCH = {
+    "services.buffers",
     "services.codec",
     "services.fp8",
     "services.replay.reader",
-    "services.target.buffers",
     "services.target.engine",
     "services.target.generation",
     "services.target.packing",
@@ -52,7 +52,6 @@ WITH_TORCH = {
     "trainer.bench.starvation",
     "trainer.bench.stream",
     "trainer.bench.synthetic",
-    "trainer.buffers",
     "trainer.collate",
     "trainer.distributed",
     "trainer.evaluations",
