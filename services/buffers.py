@@ -101,6 +101,13 @@ class BufferPool:
             self._take_in_dropped()
             return self._held_bytes()
 
+    @property
+    def free_bytes(self) -> int:
+        """Of buffers that nobody uses."""
+        with self._lock:
+            self._take_in_dropped()
+            return self._held_bytes() - self._in_use_bytes
+
     def take(self, num_bytes: int) -> Buffer:
         """A buffer of so many bytes, holding anything: the smallest free one that fits, or a new one."""
         size = rounded_up(num_bytes)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from waiting import wait_until
 
+from services.buffers import LEAST_BYTES
 from services.checksum import crc32c, verify
 from services.codec import byte_view, decode
 from services.contracts import WIRE_VERSION, CaptureJob, Event, TensorName, WireDtype
@@ -33,7 +34,6 @@ from services.errors import (
     WireError,
 )
 from services.target import pool as pool_module
-from services.target.buffers import SMALLEST_BYTES
 from services.target.client import TargetClient
 from services.target.config import TargetConfig
 from services.target.engine import TransformersEngine
@@ -155,12 +155,12 @@ def test_captures_one_after_another_share_a_buffer(folder: Path) -> None:
         with TargetClient(running.address) as client:
             for dtype in dtypes:
                 context, last = _capture(client, job, dtype)  # type: ignore[arg-type]
-                wait_until(lambda: pool.unused_bytes == SMALLEST_BYTES, "the buffer's return after the last chunk")
+                wait_until(lambda: pool.free_bytes == LEAST_BYTES, "the buffer's return after the last chunk")
                 expected = _expected(engine, job, dtype)  # type: ignore[arg-type]
                 assert torch.equal(context, expected.context)
                 assert torch.equal(last, expected.last)
                 expected.release()
-                assert pool.unused_bytes == SMALLEST_BYTES
+                assert pool.free_bytes == LEAST_BYTES
     finally:
         running.stop()
 

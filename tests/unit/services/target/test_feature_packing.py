@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.buffers import BufferPool
 from services.codec import TORCH_DTYPES, check_packed, decode, pack_rows
 from services.contracts import TableSignature, WireDtype
 from services.errors import FeatureError
-from services.buffers import BufferPool
 from services.target.packing import CapturedFeatures, Packing, PackingRoom
 
 T, L, D, ROWS = 5, 3, 8, (1, 4)
@@ -58,7 +58,7 @@ def test_fp8_rows_have_a_scale_a_layer() -> None:
 
 
 def test_memory_is_used_again_once_it_is_released() -> None:
-    room = PackingRoom(torch.device("cpu"), pool := BufferPool())
+    room = PackingRoom(torch.device("cpu"), BufferPool())
     first = packed(room, "fp8_e4m3", layers())
     second = packed(room, "bf16", layers(seed=1))
     assert first.context.data_ptr() != second.context.data_ptr()
