@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,6 +11,9 @@ from drafters.config import DrafterConfig
 from drafters.drafter import Drafter
 from drafters.families.family import Family
 from drafters.registry import find_algorithm, find_family
+
+SERVABLE: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+"""What servers' Llama layers are, whatever the target's: the layout that they read has it."""
 
 
 def build_drafter(target_config: PretrainedConfig, algorithm: str = "dspark", **settings: Any) -> Drafter:
@@ -42,6 +46,8 @@ def draft_config(text_config: PretrainedConfig, settings: DrafterConfig, family:
     """The target's text config with the drafter's layers; what else the drafter is stands in its settings."""
     values = family.draft_values(text_config)
     values.pop("_name_or_path", None)
+    if settings.layout == "llama":
+        values.update(SERVABLE)
     values.update(
         num_hidden_layers=settings.num_draft_layers,
         layer_types=["full_attention"] * settings.num_draft_layers,

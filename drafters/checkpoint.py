@@ -78,7 +78,7 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
             unknown or of another shape; the message names them.
     """
     folder = Path(folder)
-    values = _read_json(folder / CONFIG_NAME)
+    values = read_values(folder / CONFIG_NAME)
     try:
         settings = _settings_of(values)
     except ValueError as error:
@@ -91,8 +91,8 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     except (ValueError, KeyError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointFormatError(f"{folder / CONFIG_NAME} describes no draft layers: {error}") from error
     drafter.reset_buffers()
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
-    _check_tensors(folder / WEIGHTS_NAME, tensors, drafter.state_dict())
+    tensors = read_tensors(folder / WEIGHTS_NAME)
+    check_tensors(folder / WEIGHTS_NAME, tensors, drafter.state_dict())
     _check_vocabulary(folder / WEIGHTS_NAME, tensors.get("d2t"), drafter.config.vocab_size)
     drafter.load_state_dict({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, assign=True)
     return drafter.eval()
@@ -151,7 +151,12 @@ def _entry(values: Mapping[str, Any], name: str, kind: type = object) -> Any:
     return value
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check that a file's tensors are those that are wanted, by name and shape.
+
+    Raises:
+        CheckpointFormatError: They are not; the message names them.
+    """
     missing = sorted(wanted.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - wanted.keys())
     shapes = [
@@ -179,7 +184,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a config file.
+
+    Raises:
+        CheckpointFormatError: It cannot be read, or holds no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -189,7 +199,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointFormatError: It cannot be read.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -95,13 +95,30 @@ def copy_target_embeddings(drafter: Drafter, target_folder: Path | str) -> None:
         TargetWeightsError: The folder has no safetensors, lacks a table, its shape is not the drafter's, or the head
             has a bias.
     """
+    _read_tables(target_folder, drafter.embed_tokens.weight, drafter.lm_head.weight)
+
+
+@torch.no_grad()
+def differing_tables(drafter: Drafter, target_folder: Path | str) -> list[str]:
+    """Which of a drafter's tables are not the target's, in the drafter's dtype: a server drafts with the target's.
+
+    Raises:
+        TargetWeightsError: As `copy_target_embeddings`.
+    """
+    ours = {"embed_tokens": drafter.embed_tokens.weight, "lm_head": drafter.lm_head.weight}
+    theirs = [torch.empty_like(table) for table in ours.values()]
+    _read_tables(target_folder, *theirs)
+    return [name for (name, table), other in zip(ours.items(), theirs, strict=True) if not torch.equal(table, other)]
+
+
+def _read_tables(target_folder: Path | str, embedding: Tensor, head: Tensor) -> None:
     weights, tied = TargetWeights(target_folder), _is_tied(Path(target_folder))
-    weights.copy(EMBEDDING, drafter.embed_tokens.weight)
+    weights.copy(EMBEDDING, embedding)
     if tied is False and not weights.has("lm_head.weight"):
         raise TargetWeightsError(f"{target_folder}: no lm_head.weight, though tie_word_embeddings is false")
     if weights.has("lm_head.bias"):
         raise TargetWeightsError(f"{target_folder}: its head has a bias, lm_head.bias, and a drafter's has none")
-    weights.copy(EMBEDDING if tied or not weights.has("lm_head.weight") else "lm_head.weight", drafter.lm_head.weight)
+    weights.copy(EMBEDDING if tied or not weights.has("lm_head.weight") else "lm_head.weight", head)
 
 
 @torch.no_grad()

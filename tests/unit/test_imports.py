@@ -46,6 +46,7 @@ WITH_TORCH = {
     "evaluation.fitting",
     "evaluation.lossless",
     "evaluation.ragged_target",
+    "evaluation.self_check",
     "evaluation.timing",
     "trainer.assembly",
     "trainer.bench.limits",
