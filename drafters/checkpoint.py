@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -96,6 +96,21 @@ def load_drafter(folder: Path | str, dtype: torch.dtype = torch.float32) -> Draf
     _check_vocabulary(folder / WEIGHTS_NAME, tensors.get("d2t"), drafter.config.vocab_size)
     drafter.load_state_dict({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, assign=True)
     return drafter.eval()
+
+
+def stored_dtype(folder: Path | str) -> torch.dtype:
+    """What dtype a checkpoint's weights are in.
+
+    Raises:
+        CheckpointFormatError: The file is missing or broken, or no drafter's.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        with safe_open(path, "pt") as file:
+            dtype: torch.dtype = file.get_tensor("fc.weight").dtype
+    except (OSError, SafetensorError) as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error}") from error
+    return dtype
 
 
 def checkpoint_config(drafter: Drafter) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 
 from trainer.commands import bench, replay, target
 from trainer.commands.dashboard import dashboard
+from trainer.commands.export import export
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
 from trainer.commands.submit import submit
@@ -31,6 +32,7 @@ app.command()(pause)
 app.command("continue")(continue_)
 app.command()(stop)
 app.command()(dashboard)
+app.command()(export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(target.app, name="target")
 app.add_typer(replay.app, name="replay")

@@ -55,6 +55,7 @@ WITH_TORCH = {
     "trainer.bench.synthetic",
     "trainer.collate",
     "trainer.distributed",
+    "trainer.export",
     "trainer.evaluations",
     "trainer.job",
     "trainer.loading",
