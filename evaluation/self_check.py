@@ -98,11 +98,12 @@ def _logits(drafter: Drafter, batch: FeatureBatch) -> Tensor:
 
 
 def _greedy_drafts(drafter: Drafter, batch: FeatureBatch) -> list[list[int]]:
-    """A proposal from each of several contexts."""
-    drafts = []
-    for length in range(NUM_TOKENS // NUM_CONTEXTS, NUM_TOKENS, NUM_TOKENS // NUM_CONTEXTS):
-        state = drafter.start_drafting()
-        drafter.observe(state, batch.target_hidden_states[0, :length], batch.input_ids[0, 1 : length + 1])
-        proposal = drafter.propose(state, int(batch.input_ids[0, length]))
-        drafts.append(proposal.token_ids.tolist())
-    return drafts
+    """A proposal after each of several beginnings of the sequence, as a batch of rows of different lengths."""
+    lengths = range(NUM_TOKENS // NUM_CONTEXTS, NUM_TOKENS, NUM_TOKENS // NUM_CONTEXTS)
+    state = drafter.start_drafting(len(lengths))
+    state.open([0] * len(lengths))
+    rows = max(lengths)
+    features = batch.target_hidden_states[:, :rows].expand(len(lengths), -1, -1)
+    drafter.observe(state, features, batch.input_ids[:, 1 : rows + 1].expand(len(lengths), -1), list(lengths))
+    proposal = drafter.propose(state, batch.input_ids[0, list(lengths)])
+    return [[int(token) for token in row] for row in proposal.token_ids]

@@ -35,6 +35,8 @@ SERVER = "vLLM"
 VERSION = "0.9.0"
 """Of the speculators library whose format this is."""
 
+EMBEDDING = "embed_tokens.weight"
+
 LAYER_ID_OFFSET = 1
 """Their layer ids count hidden states, ours count the layers' outputs."""
 
@@ -114,7 +116,7 @@ def load_speculators(folder: Path | str, tables: Tables, dtype: torch.dtype = to
     try:
         layers = values["transformer_layer_config"]
         offsets = take_vocabulary(folder / WEIGHTS_NAME, tensors, tables.lm_head)
-        tensors["embed_tokens.weight"] = tables.embed_tokens
+        tensors.setdefault(EMBEDDING, tables.embed_tokens)
         if offsets is not None:
             tensors["d2t"] = offsets
         read = _read_eagle3 if algorithm == "eagle3" else _read_block
@@ -142,7 +144,9 @@ def _eagle3(drafter: Eagle3Drafter, config: dict[str, Any]) -> Written:
     if drafter.drafted_tokens is None:
         vocabulary = {"lm_head.weight": vocabulary["lm_head.weight"]}
     warnings = (SOFTCAP_WARNING,) if drafter.logit_softcap else ()
-    return Written(config, _layers(drafter) | vocabulary, warnings)
+    # The library takes an embedding that is not in the file for read unless its memory happens to hold a NaN.
+    embedding = {EMBEDDING: drafter.embed_tokens.weight}
+    return Written(config, _layers(drafter) | embedding | vocabulary, warnings)
 
 
 def _block(drafter: Drafter, config: dict[str, Any]) -> Written:

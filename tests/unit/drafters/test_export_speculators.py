@@ -113,8 +113,8 @@ def test_eagle3_has_every_key(tmp_path: Path) -> None:
     layers = config["transformer_layer_config"]
     assert (layers["model_type"], layers["num_hidden_layers"], layers["vocab_size"]) == ("qwen3", 1, VOCAB)
     assert layers["rope_theta"] == layers["rope_parameters"]["rope_theta"]
-    assert "lm_head.weight" in tensors
-    assert not {"embed_tokens.weight", "d2t", "t2d"} & set(tensors)
+    assert {"lm_head.weight", "embed_tokens.weight"} <= set(tensors)
+    assert not {"d2t", "t2d"} & set(tensors)
 
 
 def test_cut_eagle3_maps_by_offsets(tmp_path: Path) -> None:
@@ -140,6 +140,7 @@ def test_block_drafters_have_every_key(tmp_path: Path, kind: str, architecture: 
     }
     assert {name: config.get(name) for name in heads} == (heads if kind == "dspark" else dict.fromkeys(heads))
     assert "lm_head.weight" in tensors
+    assert "embed_tokens.weight" not in tensors, "servers of block drafters always take the target's"
 
 
 @pytest.mark.parametrize("kind", ["dspark_gated", "dspark_rnn"])
