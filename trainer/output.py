@@ -5,7 +5,8 @@ lives               how often a coordinator of the run began
 recipe.yaml         the recipe as the last attempt resolved it
 step_<N>/           checkpoints, step_latest points to the newest
 captures.jsonl      every capture ever committed (the ledger's second log)
-answers.jsonl       the target's own answers, where it is trained on these
+answers.jsonl       the target's own answers, where it is trained on these; further shards write answers-<N>.jsonl
+redis.log           what the embedded Redis says; those of further shards write redis-<N>.log
 draft_vocabulary.json  the tokens that are drafted, where the vocabulary is cut
 telemetry.jsonl     history of metrics and events
 evaluations.jsonl   decoded τ by checkpoint

@@ -23,6 +23,9 @@ _LOGIN = re.compile(r"(?<![a-z])(?P<scheme>[a-z]+://)(?P<user>[^:@/?]*)(?P<passw
 """Up to the last @: a password that is not percent-encoded may hold any character. A scheme is looked for where a word
 begins, not at each of its letters: a long text without one is soon read."""
 
+_BETWEEN_URLS = re.compile(r"(,\s*)(?=(?:rediss?|unix)://)")
+"""Of those of several shards. Any other comma belongs to its URL: passwords may hold them."""
+
 _QUERY_PASSWORD = re.compile(r"(?<=[?&]password=)[^&#\s]*")
 
 
@@ -49,7 +52,7 @@ def with_password(url: str, environment: Mapping[str, str]) -> str:
 
 def hide_passwords(arguments: Sequence[str]) -> list[str]:
     """A command line whose URLs show no password."""
-    return [safe_url(argument) for argument in arguments]
+    return ["".join(map(safe_url, _BETWEEN_URLS.split(argument))) for argument in arguments]
 
 
 def reachable(url: str) -> str:
@@ -82,8 +85,8 @@ def split_arena(url: str) -> tuple[str, str | None]:
 
 
 def split_urls(text: str) -> tuple[str, ...]:
-    """The URLs of a text that has one a shard, with commas between. A comma before no scheme belongs to its URL."""
-    return tuple(re.split(r",\s*(?=[a-z]+://)", text))
+    """The URLs of a text that has one a shard, with commas between."""
+    return tuple(_BETWEEN_URLS.split(text)[::2])
 
 
 def is_here(url: str) -> bool:

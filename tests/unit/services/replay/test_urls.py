@@ -71,6 +71,13 @@ def test_command_line_is_shown_without_passwords() -> None:
     assert hide_passwords(command) == ["run", "demo.yaml", "replay.redis=rediss://user:***@host/0", "name=a@b"]
 
 
+def test_each_url_of_a_list_is_looked_at_by_itself():
+    bare = "replay.redis=[redis://one:6379/0, rediss://me@two:6380/0,unix:///tmp/redis.sock]"
+    assert hide_passwords([bare]) == [bare]
+    both = "replay.redis=redis://:a,b@one/0,redis://me:c@two/0"
+    assert hide_passwords([both]) == ["replay.redis=redis://:***@one/0,redis://me:***@two/0"]
+
+
 def test_recipe_section_is_written_and_shown_without_its_password() -> None:
     config = ReplayConfig(redis="rediss://user:secret@host/0")
     assert config.redis == "rediss://user:secret@host/0"
