@@ -44,6 +44,10 @@ def test_wrong_setting_is_named(slipstream: Start, override: str, words: tuple[s
     fails(slipstream("demo", override), expected, *words)
 
 
+def test_shared_memory_that_is_too_small_ends_the_run_before_it_starts(slipstream: Start) -> None:
+    fails(slipstream("demo", "replay.tier=shm", "replay.capacity=4PiB"), 1, "/dev/shm", "--shm-size", "replay.capacity")
+
+
 def test_missing_recipe_is_named(slipstream: Start) -> None:
     fails(slipstream("run", "no-such.yaml"), 2, "no-such.yaml")
 

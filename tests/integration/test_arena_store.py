@@ -37,8 +37,10 @@ from services.replay.audit import audit_table, read_snapshot
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
 from services.replay.extents import Extent
+from services.replay.reader import ReplayReader
 from services.replay.rules import Admission
 from services.replay.table import RedisTable
+from services.replay.urls import with_arena
 
 NUM_SAMPLES = 3
 CAPACITY_BYTES = NUM_SAMPLES * JOB_BYTES
@@ -392,6 +394,16 @@ def test_table_larger_than_the_arena_is_refused(setup: Setup) -> None:
     setup.table.admit(make_job(0), JOB_BYTES, 0.0)
     with pytest.raises(ReplayError, match=f"{CAPACITY_BYTES + 1} bytes, its shared-memory arena {CAPACITY_BYTES}"):
         put_chunk(setup.table, make_job(0), 0, bytes(48))
+
+
+def test_rank_that_cannot_reach_the_arena_says_so_at_once(embedded: EmbeddedRedis) -> None:
+    with Arena(CAPACITY_BYTES) as arena:
+        url = with_arena(embedded.url, arena.place.text)
+        ReplayReader(url, "run", SIGNATURE).close()
+    with pytest.raises(ReplayError, match="must be on one host"):
+        ReplayReader(url, "run", SIGNATURE)
+    client = connect(url)
+    RedisTable(client, "run").close()  # who reads no features needs no arena
 
 
 def test_threads_that_write_read_and_free_never_mix_their_bytes(setup: Setup) -> None:
