@@ -124,6 +124,7 @@ class Job:
         self._resume = latest_checkpoint(output.path)
         self._began_at_step = checkpoint_step(self._resume) if self._resume else None
         self._keep_redis_alive = redis.keep_alive
+        self._tier = redis.tier
         self._prefix = table_prefix(output)
         credentials = Credentials.make(insecure=self._recipe.target.insecure)
         self._parts = Parts(prepared, output, (redis.urls, self._prefix), credentials)
@@ -181,6 +182,8 @@ class Job:
             self._started_s,
             self._scaling.status,
         )
+        if self._tier.reason:
+            self._say("tier", self._tier.reason)
         self._observer.phase("starting target, replay shard, coordinator and trainer")
         self._shards.start()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)

@@ -24,6 +24,19 @@ from services.replay.extents import Extent
 
 SHARED_MEMORY = Path("/dev/shm")
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+GROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", ("active_file", "inactive_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_active_file", "total_inactive_file"),
+    ),
+)
+"""Limit, usage, and counts of a control group, and which counts are of cached files; for versions 2 and 1."""
+
 WAYS_OUT = (
     "make it larger (docker run --shm-size, in Kubernetes an emptyDir of medium Memory), lower replay.capacity, or use "
     "replay.tier=redis"
@@ -143,7 +156,7 @@ def why_no_arena(capacity_bytes: int, folder: Path = SHARED_MEMORY) -> str:
     if free_bytes is not None and free_bytes < capacity_bytes:
         return _too_small(capacity_bytes, folder)
     available_bytes = _available_memory_bytes()
-    if available_bytes is not None and available_bytes < capacity_bytes:
+    if available_bytes < capacity_bytes:
         return (
             f"replay.tier=shm needs replay.capacity = {capacity_bytes} bytes of memory, and {available_bytes} are "
             "available on this host. Lower replay.capacity."
@@ -172,16 +185,21 @@ def _free_bytes(folder: Path) -> int | None:
     return status.f_bavail * status.f_frsize if status.f_blocks else None
 
 
-def _available_memory_bytes() -> int | None:
+def _available_memory_bytes() -> int:
     """What can be allocated before somebody is killed for it: the least of what the host and this container have."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    found = [int(fields["MemAvailable"].split()[0]) * 1024]
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        group = Path("/sys/fs/cgroup")
-        if (group / limit).exists() and (text := (group / limit).read_text().strip()) != "max":
-            found.append(int(text) - int((group / usage).read_text()))
-    return min(found)
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    on_host = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(found for found in (on_host, _available_in_group()) if found is not None)
+
+
+def _available_in_group(group: Path = CONTROL_GROUP) -> int | None:
+    """What this container may take yet; its cached files make way. None: it has no limit of its own."""
+    for limit, usage, statistics, files in GROUP_FILES:
+        if not (group / limit).exists():
+            continue
+        limit_text = (group / limit).read_text().strip()
+        if limit_text == "max":
+            return None
+        counts = dict(line.split() for line in (group / statistics).read_text().splitlines())
+        return int(limit_text) - int((group / usage).read_text()) + sum(int(counts[name]) for name in files)
+    return None

@@ -60,9 +60,14 @@ def losses_by_step(output_dir: Path) -> dict[int, float]:
     return {record["step"]: record["metrics"]["loss"] for record in records(output_dir, "step")}
 
 
+def moment_of(part: str, seed: int) -> int:
+    """The step after which a part is killed."""
+    return random.Random(f"{seed}/{part}").randint(2, STEPS // 2)
+
+
 def hit(command: Command, output_dir: Path, part: str, seed: int) -> None:
     """Kill a part at a random step of the run's first half."""
-    moment = random.Random(f"{seed}/{part}").randint(2, STEPS // 2)
+    moment = moment_of(part, seed)
     print(f"seed {seed}: {part} is killed after step {moment}")
     wait_until(lambda: steps_done(output_dir) >= moment, lambda: command.errors, RUN_S)
     assert kill(command.process.pid, part) is not None, f"there is no {part} to kill:\n{command.errors}"
@@ -93,29 +98,40 @@ def assert_nothing_lost(summary: dict[str, Any], output_dir: Path, undisturbed: 
     assert len(losses) >= STEPS - MOST_RECORDS_LOST
 
 
+TOLD = {
+    "target": "target 0",
+    "shard": "the replay shard lost its process",
+    "redis": "Redis is back",
+    "supervisor": "signal SIGKILL ended the supervisor",
+    "coordinator": "the coordinator lost its process",
+    "rank": "a trainer rank lost its process",
+}
+"""Whom a run is hit in, and what it says then."""
+
+
 @pytest.mark.timeout(2 * RUN_S)
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("tier", "parts"),
     [
-        ("target", "target 0"),
-        ("shard", "the replay shard lost its process"),
-        ("redis", "Redis is back"),
-        ("supervisor", "signal SIGKILL ended the supervisor"),
-        ("coordinator", "the coordinator lost its process"),
-        ("rank", "a trainer rank lost its process"),
+        *(("redis", [part]) for part in TOLD),
+        # To save time, one run for several; features that lie elsewhere change nothing about who is missed.
+        ("shm", ["target", "shard", "redis"]),
+        ("shm", ["supervisor", "coordinator", "rank"]),
     ],
 )
 def test_part_that_is_killed_costs_time_and_nothing_else(
-    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, part: str, told: str
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, tier: str, parts: list[str]
 ) -> None:
     output_dir = tmp_path / "slipstream-demo"
-    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED)
-    hit(command, output_dir, part, seed)
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, f"replay.tier={tier}")
+    for part in sorted(parts, key=lambda part: moment_of(part, seed)):
+        hit(command, output_dir, part, seed)
     summary = command.json(RUN_S)
     command.assert_nothing_left(within_s=15)
     assert_nothing_lost(summary, output_dir, undisturbed)
     messages = [event["message"] for event in summary["events"]]
-    assert any(told in message for message in messages), messages
+    for part in parts:
+        assert any(TOLD[part] in message for message in messages), messages
 
 
 @pytest.mark.timeout(2 * RUN_S)
@@ -138,11 +154,13 @@ def test_one_of_two_shards_that_is_killed_costs_no_sample_of_the_other(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize("tier", ["redis", "shm"])
 def test_rank_that_hangs_is_killed_and_all_begin_again(
-    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float]
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], tier: str
 ) -> None:
     output_dir = tmp_path / "slipstream-demo"
-    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, "trainer.silent_s=5")
+    settings = ("trainer.silent_s=5", f"replay.tier={tier}")
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, *settings)
     wait_until(lambda: steps_done(output_dir) >= 3, lambda: command.errors, RUN_S)
     (rank,) = find(command.process.pid, "rank")
     rank.suspend()
@@ -166,18 +184,20 @@ def test_parts_killed_while_the_run_starts_are_started_again(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize("tier", ["redis", "shm"])
 def test_everything_killed_at_once_leaves_nothing_and_the_same_command_goes_on(
-    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, tier: str
 ) -> None:
     output_dir = tmp_path / "slipstream-demo"
-    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED)
+    arguments = (*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, f"replay.tier={tier}")
+    command = slipstream(*arguments)
     moment = random.Random(f"{seed}/driver").randint(9, STEPS - 5)
     print(f"seed {seed}: the driver is killed after step {moment}")
     wait_until(lambda: steps_done(output_dir) >= moment, lambda: command.errors, RUN_S)
     os.kill(command.process.pid, signal.SIGKILL)  # all others must notice by themselves
     command.process.wait()
     command.assert_nothing_left(within_s=15)
-    summary = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED).json(RUN_S)
+    summary = slipstream(*arguments).json(RUN_S)
     assert summary["resumed_from_step"] >= 8
     assert_nothing_lost(summary, output_dir, undisturbed)
 

@@ -26,6 +26,7 @@ from services.codec import byte_view
 from services.contracts import DEFAULT_CHUNK_BYTES, CaptureJob, WireDtype
 from services.errors import UsageError
 from services.memory import keep_freed_memory
+from services.replay.arena import Arena
 from services.replay.config import ReplayConfig
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
@@ -33,6 +34,7 @@ from services.replay.links import ShardLink, close_links, link_shards, sum_infos
 from services.replay.raw_connection import RawConnections
 from services.replay.reader import ReplayReader
 from services.replay.resp import pack
+from services.replay.urls import with_arena
 from services.target.client import TargetClient
 from trainer.assembly import Assembler
 from trainer.bench.limits import receive_over_tcp, through_disk, touched
@@ -228,6 +230,9 @@ class StreamBench:
         prefix = f"slipstream:bench-{next(self._captures)}"
         urls = [redis.url for redis in self._redis[: way.shards]]
         with contextlib.ExitStack() as stack:
+            if way.tier == "shm":
+                arenas = [stack.enter_context(Arena(config.capacity // way.shards)) for _ in urls]
+                urls = [with_arena(url, arena.place.text) for url, arena in zip(urls, arenas, strict=True)]
             reader = ReplayReader(urls, prefix, signature)
             stack.callback(reader.close)
             links = link_shards(urls, prefix)
