@@ -76,15 +76,23 @@ class RoundRecord(NamedTuple):
     """What was drafted, before any cut."""
 
 
-def cut_below(threshold: float) -> Cut | None:
-    """Cuts a proposal before the first token that the drafter is less sure of; none at 0, or without confidences."""
+def cut_below(threshold: float, temperatures: Sequence[float] | None = None) -> Cut | None:
+    """Cuts a proposal before the first token that the drafter is less sure of; none at 0, or without confidences.
+
+    Args:
+        threshold: Of σ(confidence logit / temperature of the slot).
+        temperatures: One a slot, as `evaluation.confidence` fits them; None: all 1.
+    """
     if threshold <= 0:
         return None
 
     def cut(proposal: Proposal) -> Tensor:
         if proposal.confidence is None:
             return proposal.token_ids.new_full((len(proposal.token_ids),), proposal.token_ids.shape[1])
-        return (proposal.confidence.sigmoid() >= threshold).long().cumprod(dim=1).sum(dim=1)
+        logits = proposal.confidence
+        if temperatures is not None:
+            logits = logits / logits.new_tensor(temperatures)
+        return (logits.sigmoid() >= threshold).long().cumprod(dim=1).sum(dim=1)
 
     return cut
 
