@@ -134,7 +134,7 @@ def confidences(logits: Floats, temperatures: Sequence[float] | None = None) -> 
 def survival(logits: Floats, temperatures: Sequence[float] | None = None) -> Floats:
     """What the drafter takes for the probability that the prefix up to each slot is accepted whole: the cumulative
     product of its confidences, [N, γ]."""
-    products: Floats = np.cumprod(confidences(logits, temperatures), axis=1)
+    products: Floats = np.cumprod(confidences(logits, temperatures), axis=1).astype(np.float64)
     return products
 
 
