@@ -11,10 +11,11 @@ from typing import Self
 from pydantic import ValidationError
 
 from services.append_log import open_append_log
-from services.contracts import Traffic, WireDtype
+from services.contracts import Outcome, Traffic, WireDtype
 from services.errors import CheckpointError
 from services.prompts.ledger import FIRST, CaptureLine
 from services.reading import first_fault
+from services.replay.rules import ALREADY_RESIDENT
 
 
 class CaptureLog:
@@ -97,6 +98,13 @@ class CaptureLog:
         )
         self._file.write(line.model_dump_json().encode() + b"\n")
         self._count(line)
+
+    def take(self, outcome: Outcome, prompt: int, why_again: str) -> None:
+        """Log a capture that was committed, unless it is logged already or nothing was captured for it."""
+        was_made_before = self.next_attempt(outcome.capture) > 0
+        is_known = self.has(outcome.capture, outcome.attempt)
+        if not is_known and not (outcome.reason == ALREADY_RESIDENT and was_made_before):
+            self.append(outcome.capture, prompt, outcome.attempt, outcome.num_tokens, outcome.num_bytes, why_again)
 
     def flush(self) -> None:
         """Hand the lines to the operating system: they survive the death of this process."""

@@ -24,30 +24,23 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from services.answers import AnswerBook
 from services.contracts import Outcome, RankAccount, StepLease, StepReport
 from services.errors import (
-    CheckpointError,
     DeadlineError,
     PausedError,
-    PromptError,
     ReplayError,
     StaleGenerationError,
 )
-from services.models import find_model
 from services.prompts.buffer import Buffer
 from services.prompts.capture_log import CaptureLog
-from services.prompts.chat import ChatEncoder, UnusablePromptError
+from services.prompts.chat import UnusablePromptError
 from services.prompts.config import PromptsConfig
-from services.prompts.intake import Intake, OwnAnswers, first_turns
-from services.prompts.ledger import Ledger, LedgerSummary, PlanHeader, audit, lines_of
+from services.prompts.corpus import Corpus
+from services.prompts.ledger import LedgerSummary, audit, lines_of
 from services.prompts.lives import ATTEMPTS_A_LIFE, count_life
-from services.prompts.plan import Plan
 from services.prompts.records import CoordinatorSettings, Progress
-from services.prompts.scheduling import ALREADY_RESIDENT, Schedule
-from services.prompts.sources import STDLIB, Conversations, load_conversations
+from services.prompts.scheduling import Schedule
 from services.replay.links import link_shards
-from services.stop_tokens import find_stop_token_ids
 
 __all__ = ["Coordinator", "CoordinatorSettings", "LedgerSummary", "Progress"]
 
@@ -98,28 +91,10 @@ class Coordinator:
             CheckpointError: The ledger or the capture log is broken, or of another plan.
             ReplayUnavailableError: A Redis does not answer.
         """
-        if prompts.heldout not in (None, STDLIB) and prompts.heldout == prompts.source:
-            raise PromptError(
-                f"prompts.heldout and prompts.source are the same file {prompts.source!r}: a drafter must be measured "
-                "on prompts it was not trained on. Split the file."
-            )
-        self._prompts = prompts
         self._settings = settings
-        conversations = load_conversations(prompts.source, split="train", strict=prompts.strict)
-        self._rejected = conversations.rejected
-        self._encoder = ChatEncoder(
-            find_model(model, weights=False),
-            system_prompt=prompts.system_prompt,
-            enable_thinking=prompts.enable_thinking,
-        )
-        own_answers = None
-        if prompts.answers == "target":
-            stop_token_ids = find_stop_token_ids(find_model(model, weights=False))
-            own_answers = OwnAnswers(AnswerBook(Path(settings.answers)), stop_token_ids)
-        self._intake = Intake(conversations, self._encoder, prompts, settings.last_rows, own_answers)
-        self._plan = Plan(len(conversations.items), prompts.epochs, settings.reuse, prompts.seed)
-        self._header = _header(self._plan, conversations)
-        self._ledger = _open_ledger(self._header, settings.ledger)
+        self._corpus = Corpus(prompts, model, settings)
+        self._plan = self._corpus.plan
+        self._ledger = self._corpus.open_ledger(settings.ledger)
         links = link_shards(redis_urls, prefix)
         assert len(links) == settings.num_shards
         self._buffer = Buffer(links)
@@ -129,7 +104,6 @@ class Coordinator:
             num_prompts=self._plan.num_prompts,
             dtype=settings.wire_dtype,
         )
-        self._heldout: Conversations | None = None
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None
         self._changed = threading.Condition()
@@ -153,8 +127,8 @@ class Coordinator:
         self._feeder.start()
         logger.info(
             "%d conversations, %d rejected; %d captures are planned",
-            len(conversations.items),
-            len(self._rejected),
+            self._corpus.num_conversations,
+            len(self._corpus.rejected),
             self._plan.num_captures,
         )
 
@@ -226,7 +200,7 @@ class Coordinator:
             ReplayUnavailableError: Redis does not answer.
             TableLostError: The table is not there; try again, the shard makes it.
         """
-        new_ledger = _open_ledger(self._header, ledger)
+        new_ledger = self._corpus.open_ledger(ledger)
         with self._feeding, self._changed:
             if not self._feeder.is_alive():
                 self._raise_error()
@@ -299,8 +273,8 @@ class Coordinator:
                 trained=self._ledger.num_trained,
                 skipped=dict(self._ledger.skipped),
                 skip_examples=dict(self._ledger.skip_examples),
-                rejected=len(self._rejected),
-                rejected_lines=tuple(self._rejected[:NAMED_LINES]),
+                rejected=len(self._corpus.rejected),
+                rejected_lines=tuple(self._corpus.rejected[:NAMED_LINES]),
                 captured=self._log.num_captured,
                 recaptured=self._log.num_recaptured,
                 tokens_captured=self._log.num_tokens,
@@ -354,17 +328,7 @@ class Coordinator:
         Raises:
             PromptError: The held-out source cannot be read or has no usable prompt.
         """
-        if self._prompts.heldout is None or count == 0:
-            return []
-        if self._heldout is None:
-            self._heldout = load_conversations(self._prompts.heldout, split="heldout", strict=self._prompts.strict)
-        return first_turns(
-            self._heldout,
-            self._encoder,
-            count=count,
-            seed=self._prompts.seed,
-            max_length=self._prompts.max_length,
-        )
+        return self._corpus.heldout_prompts(count)
 
     def finish(self) -> LedgerSummary:
         """End the feeder and audit the run from its logs; a second call gives the same answer.
@@ -502,17 +466,8 @@ class Coordinator:
                 return False
             attempt = self._schedule.attempt(capture, at_least=self._first_attempt)
             ks = self._schedule.remaining_ks(capture)
-        prompt, epoch = self._plan.capture(capture)
-        reuse = self._plan.reuse
         try:
-            job = self._intake.job(
-                capture=capture,
-                attempt=attempt,
-                prompt=prompt,
-                epoch=epoch,
-                reuse=reuse,
-                ks=None if len(ks) == reuse else ks,
-            )
+            job = self._corpus.job(capture, attempt, ks)
         except UnusablePromptError as error:
             with self._changed:
                 self._schedule.skip(capture, error.reason, error.detail)
@@ -531,7 +486,7 @@ class Coordinator:
         for outcome in outcomes:
             committed = self._schedule.on_outcome(outcome)
             if committed is not None:
-                self._append(committed.outcome, committed.why_again)
+                self._log.take(committed.outcome, self._prompt(committed.outcome), committed.why_again)
         if outcomes:
             self._log.flush()
         return len(outcomes)
@@ -540,16 +495,12 @@ class Coordinator:
         """Log captures that were made and lost again before the schedule heard of them."""
         for outcome in outcomes:
             if outcome.kind == "committed":
-                self._append(outcome, self._why_lost or "")
+                self._log.take(outcome, self._prompt(outcome), self._why_lost or "")
         self._log.flush()
 
-    def _append(self, outcome: Outcome, why_again: str) -> None:
-        was_made_before = self._log.next_attempt(outcome.capture) > 0
-        is_known = self._log.has(outcome.capture, outcome.attempt)
-        if is_known or (outcome.reason == ALREADY_RESIDENT and was_made_before):
-            return
+    def _prompt(self, outcome: Outcome) -> int:
         prompt, _ = self._plan.capture(outcome.capture)
-        self._log.append(outcome.capture, prompt, outcome.attempt, outcome.num_tokens, outcome.num_bytes, why_again)
+        return prompt
 
     def _is_complete_to(self, step: int) -> bool:
         if self._error is not None or self._summary is not None:
@@ -574,23 +525,3 @@ class Coordinator:
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def _header(plan: Plan, conversations: Conversations) -> PlanHeader:
-    return PlanHeader(
-        num_prompts=plan.num_prompts,
-        epochs=plan.epochs,
-        reuse=plan.reuse,
-        seed=plan.seed,
-        digest=conversations.digest,
-    )
-
-
-def _open_ledger(header: PlanHeader, path: str | None) -> Ledger:
-    if path is None:
-        return Ledger(header)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read the ledger {path}: {error}") from error
-    return Ledger.resume(text, header, origin=path)

@@ -45,9 +45,6 @@ MAX_GIVEN_UP_IN_A_ROW = 32
 """Captures given up with none committed between them before the run ends: then it is not the prompts. A buffer that is
 too small for any sample would otherwise pass over the whole plan."""
 
-ALREADY_RESIDENT = "already resident"
-"""Reason of the table's outcome for a job whose sample it holds: nothing was captured."""
-
 SKIPPED_FAILED = "capture failed"
 SKIPPED_TAIL = "tail"
 
