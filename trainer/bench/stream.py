@@ -250,7 +250,7 @@ class StreamBench:
                 stack.callback(shard.orders.send, StopOrder())
                 pids["redis"].append(_redis_pid(link.client))
             assembler = Assembler(reader.reading, signature, device=torch.device("cpu"), dtype=torch.bfloat16)
-            self._move(links, reader, assembler, 2 * way.shards)  # connects every shard to the target
+            self._move(links, reader, assembler, SAMPLES_IN_BUFFER)  # until connections and memory are in use
             with CpuMeter(pids) as meter:
                 began_s = time.perf_counter()
                 self._move(links, reader, assembler, num_samples)
