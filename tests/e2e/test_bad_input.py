@@ -35,7 +35,7 @@ def fails(command: Command, code: int, *words: str) -> None:
         ("drafter.target_layer_ids=[3,1]", ("ascend",)),
         ("drafter.mask_token_id=512", ("mask_token_id 512", "512")),
         ("prompts.max_length=100000", ("max_length 100000", "12288")),
-        ("replay.capacity=1MiB", ("replay.capacity", "need")),
+        ("replay.capacity=1MiB", ("replay.capacity", "cannot hold the micro-batches in flight")),
         ("prompts.source=nowhere.jsonl", ("nowhere.jsonl",)),
     ],
 )
