@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from drafters.checkpoint import load_drafter
-from drafters.drafter import Drafter
 from evaluation.accept import is_greedy
 from evaluation.config import EvaluationConfig
 from evaluation.decode import SpeculativeOutput, plain_generate, speculative_generate
-from evaluation.fitting import check_fits, context_tokens
+from evaluation.fitting import context_tokens
+from evaluation.loading import load_drafter_of, load_target
 from evaluation.lossless import find_divergence
 from evaluation.report import Divergence, Report, summarize
-from services.errors import CheckpointError, PromptError, TargetError
+from services.errors import PromptError
 from services.models import find_model
 from services.stop_tokens import find_stop_token_ids
 
@@ -68,7 +64,7 @@ class Evaluator:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if config.num_gpus > 0 else "cpu")
         folder = find_model(model, weights=True)
-        self._target = _load_target(folder, self._dtype, self._device)
+        self._target = load_target(folder, self._dtype, self._device)
         self._stop_token_ids = find_stop_token_ids(folder) if stop_token_ids is None else tuple(stop_token_ids)
         self._num_skipped = self._skip_too_long()
         self._references: list[list[int]] | None = None
@@ -87,7 +83,7 @@ class Evaluator:
             CheckpointError: The folder holds no drafter, or one of another target.
             PromptError: Every prompt ended at its first token, so no round was decoded.
         """
-        drafter = self._load_drafter(checkpoint)
+        drafter = load_drafter_of(self._target, checkpoint, self._dtype, self._device)
         config = self._config
         began_s = time.perf_counter()
         output = speculative_generate(
@@ -142,17 +138,6 @@ class Evaluator:
         )
         return num_skipped
 
-    def _load_drafter(self, checkpoint: str) -> Drafter:
-        try:
-            drafter = load_drafter(checkpoint, dtype=self._dtype)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load the drafter at {checkpoint}: {error}") from error
-        try:
-            check_fits(drafter, self._target, f"the drafter at {checkpoint}")
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        return drafter.to(self._device)
-
     def _divergences(self, output: SpeculativeOutput) -> list[Divergence]:
         found = (
             find_divergence(self._target, ours, own, sample=sample, num_prompt_tokens=len(self._prompts[sample]))
@@ -171,12 +156,3 @@ class Evaluator:
                 batch_size=self._config.batch_size,
             )
         return self._references
-
-
-def _load_target(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise TargetError(f"cannot load the target at {folder} for evaluation: {error}") from error
-    nn.Module.to(model, device)  # transformers wraps its own `to` in a type that mypy cannot call
-    return model.eval()

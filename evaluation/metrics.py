@@ -13,6 +13,9 @@ import numpy as np
 NUM_RESAMPLES = 10_000
 """Bootstrap resamples: the interval's ends then move by less than 1 % of its width from seed to seed."""
 
+MOST_DRAWS = 2_000_000
+"""Samples drawn at once: thousands of samples need no more memory than few."""
+
 Rounds = Sequence[Sequence[int]]
 
 
@@ -85,9 +88,13 @@ def bootstrap_interval(accepted_lengths: Rounds, *, seed: int, level: float = 0.
     counts = np.array([len(rounds) for rounds in accepted_lengths if rounds])
     if not len(counts):
         raise ValueError("no round was decoded, so τ has no interval")
-    draws = np.random.default_rng(seed).integers(0, len(counts), size=(NUM_RESAMPLES, len(counts)))
-    resampled = tokens[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    generator = np.random.default_rng(seed)
+    size = max(1, MOST_DRAWS // len(counts))
+    resampled = []
+    for first in range(0, NUM_RESAMPLES, size):
+        draws = generator.integers(0, len(counts), size=(min(size, NUM_RESAMPLES - first), len(counts)))
+        resampled.append(tokens[draws].sum(axis=1) / counts[draws].sum(axis=1))
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -6,13 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from services.contracts import Record
 
+if TYPE_CHECKING:
+    import torch
+
 Phase = Literal["prefill", "draft", "verify"]
+
+PHASES = ("prefill_s", "draft_s", "verify_s", "overhead_s")
+"""The times of a `Timing`."""
 
 
 class Timing(Record):
@@ -87,5 +91,7 @@ class PhaseClock:
 
     def _now_s(self) -> float:
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -10,6 +10,7 @@ import typer
 from trainer.commands import bench, replay, target
 from trainer.commands.dashboard import dashboard
 from trainer.commands.export import export
+from trainer.commands.eval import evaluate
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
 from trainer.commands.submit import submit
@@ -33,6 +34,7 @@ app.command("continue")(continue_)
 app.command()(stop)
 app.command()(dashboard)
 app.command()(export)
+app.command("eval")(evaluate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(target.app, name="target")
 app.add_typer(replay.app, name="replay")

@@ -38,9 +38,13 @@ class CheckpointWriter:
         recipe: Saved with each checkpoint; says how many to keep.
         rank: This rank.
         command: The run's command line, for the provenance.
+        fingerprint: The target's, likewise.
     """
 
-    def __init__(self, output_dir: Path, recipe: Recipe, rank: int, command: Sequence[str]) -> None:
+    def __init__(
+        self, output_dir: Path, recipe: Recipe, rank: int, command: Sequence[str], fingerprint: str | None = None
+    ) -> None:
+        self._fingerprint = fingerprint
         self._output_dir = output_dir
         self._recipe = recipe
         self._rank = rank
@@ -88,7 +92,13 @@ class CheckpointWriter:
 
     def _write_origin(self, folder: Path) -> None:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False))
-        (folder / "provenance.json").write_text(json.dumps(collect_provenance(self._command), indent=2) + "\n")
+        target = {
+            "model": self._recipe.target.model,
+            "fingerprint": self._fingerprint,
+            "enable_thinking": self._recipe.prompts.enable_thinking,
+        }
+        provenance = collect_provenance(self._command) | {"target": target}
+        (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 
 class _Writing:

@@ -99,7 +99,7 @@ def train(
         dtype=dtype,
         hold=coordinator.hold,
     )
-    checkpoints = CheckpointWriter(output_dir, recipe, rank, command)
+    checkpoints = CheckpointWriter(output_dir, recipe, rank, command, signature.fingerprint)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(reader))
         stack.enter_context(library_output_to(output_dir / "logs" / f"rank_{rank}.log"))

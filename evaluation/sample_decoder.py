@@ -1,0 +1,166 @@
+"""Decodes benchmark samples, speculatively and by the target alone, and records each as it ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from drafters.drafter import Drafter
+from evaluation.batch_decoder import BatchDecoder, RoundRecord, Row, cut_below
+from evaluation.benchmark import BenchmarkSettings, Sample
+from evaluation.loading import load_drafter_of, load_target
+from evaluation.origin import check_origin
+from evaluation.records import PlainRecord, SampleRecord, hash_of
+from evaluation.session import Decode, OnRecord
+from evaluation.timing import PHASES, PhaseClock, Timing
+from evaluation.work import Work
+from services.errors import TargetError
+from services.models import find_model
+from services.stop_tokens import find_stop_token_ids
+
+CONFIDENCE_DIGITS = 4
+"""Decimals of a recorded confidence logit: far below what its float32 means."""
+
+
+@contextmanager
+def decoding_here(settings: BenchmarkSettings) -> Iterator[Decode]:
+    """Decodes in this process (an `evaluation.session.StartDecoding`)."""
+    disable_progress_bar()  # of loading: there is one of ours
+    decoder = SampleDecoder(settings)
+
+    def decode(works: Sequence[Work], on_record: OnRecord) -> None:
+        for work in works:
+            decoder.decode(work, on_record)
+
+    yield decode
+
+
+class SampleDecoder:
+    """Holds target and drafter.
+
+    Args:
+        settings: How to decode.
+
+    Raises:
+        TargetError: The target cannot be loaded.
+        CheckpointError: The drafter cannot, or is another target's.
+    """
+
+    def __init__(self, settings: BenchmarkSettings) -> None:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._device = torch.device(settings.device)
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        folder = find_model(settings.target, weights=True)
+        check_origin(Path(settings.drafter), folder, allow_other_target=settings.allow_other_target)
+        self._target = load_target(folder, dtype, self._device)
+        self._drafter = load_drafter_of(self._target, settings.drafter, dtype, self._device)
+        self._stop_token_ids = find_stop_token_ids(folder)
+
+    def decode(self, work: Work, on_record: OnRecord) -> None:
+        """Decode what is to be done.
+
+        Args:
+            work: Samples.
+            on_record: Called with each record, as its sample ends.
+
+        Raises:
+            TargetError: The device has too little memory for so many at once.
+        """
+        try:
+            if work.speculative:
+                self._run(work.speculative, self._drafter, on_record)
+            if work.plain:
+                self._run(work.plain, None, on_record)
+        except torch.OutOfMemoryError as error:
+            raise TargetError(
+                f"{self._device} has too little memory for {self._settings.batch_size} samples of up to "
+                f"{self._settings.max_new_tokens} new tokens at once: lower --batch-size ({error})"
+            ) from error
+
+    def _run(self, samples: Sequence[Sample], drafter: Drafter | None, on_record: OnRecord) -> None:
+        settings = self._settings
+        clock = PhaseClock(self._device)
+        shares: defaultdict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        confidence: defaultdict[int, list[tuple[float, ...]]] = defaultdict(list)
+
+        def note_confidence(record: RoundRecord) -> None:
+            if record.proposal.confidence is None:
+                return
+            lengths = record.proposal.lengths
+            for place, logits in enumerate(record.proposal.confidence.tolist()):
+                drafted = logits if lengths is None else logits[: int(lengths[place])]
+                confidence[record.rows[place].index].append(tuple(round(x, CONFIDENCE_DIGITS) for x in drafted))
+
+        decoder = BatchDecoder(
+            self._target,
+            drafter,
+            max_rows=min(settings.batch_size, len(samples)),
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop_token_ids=self._stop_token_ids,
+            cut=cut_below(settings.confidence_threshold),
+            on_round=note_confidence,
+            clock=clock,
+        )
+        waiting = deque(Row(place, list(sample.prompt_ids), sample.seed) for place, sample in enumerate(samples))
+        with decoder:
+            before = clock.timing(0)
+            while waiting or decoder.rows:
+                room = settings.batch_size - len(decoder.rows)
+                with clock.running():
+                    if waiting and room:
+                        served = [waiting.popleft() for _ in range(min(room, len(waiting)))]
+                        ended = decoder.add(served)
+                    else:
+                        served = list(decoder.rows)
+                        ended = decoder.round()
+                now = clock.timing(0)
+                for row in served:
+                    for name in PHASES:
+                        spent_s = getattr(now, name) - getattr(before, name)
+                        shares[row.index][name] += max(0.0, spent_s) / len(served)
+                before = now
+                for row in ended:
+                    timing = Timing(**shares.pop(row.index), num_tokens=len(row.tokens) - row.num_prompt)
+                    logits = confidence.pop(row.index, None)
+                    on_record(_record(samples[row.index], row, timing, logits, is_plain=drafter is None))
+
+
+def _record(
+    sample: Sample,
+    row: Row,
+    timing: Timing,
+    confidence: Sequence[tuple[float, ...]] | None,
+    *,
+    is_plain: bool,
+) -> SampleRecord | PlainRecord:
+    output_hash = hash_of(row.tokens[row.num_prompt :])
+    if is_plain:
+        return PlainRecord(
+            task=sample.task,
+            index=sample.index,
+            prompt_hash=sample.prompt_hash,
+            output_hash=output_hash,
+            timing=timing,
+        )
+    return SampleRecord(
+        task=sample.task,
+        domain=sample.domain,
+        index=sample.index,
+        prompt_hash=sample.prompt_hash,
+        num_prompt_tokens=row.num_prompt,
+        seed=sample.seed,
+        accepted_lengths=tuple(entry.committed for entry in row.rounds),
+        proposal_lengths=tuple(entry.proposed for entry in row.rounds),
+        accepted_draft_lengths=tuple(entry.accepted for entry in row.rounds),
+        confidence=None if confidence is None else tuple(confidence),
+        output_hash=output_hash,
+        timing=timing,
+    )

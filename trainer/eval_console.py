@@ -1,0 +1,143 @@
+"""What `slipstream eval` shows: progress with τ so far, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from evaluation.records import PlainRecord, RecordLog, SampleRecord
+from evaluation.results import Figures, Results
+from evaluation.session import Session
+from trainer.console import PLAIN_INTERVAL_S
+
+NOTHING = "–"
+
+SHOWN_POSITIONS = 3
+"""Positions of a draft whose acceptance the table has; the files have all."""
+
+
+class EvaluationDisplay:
+    """A progress bar on a terminal, elsewhere a line every few seconds; a context manager.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._bar = self._progress.add_task("loading", total=None)
+        self._tokens: defaultdict[str, int] = defaultdict(int)
+        self._rounds: defaultdict[str, int] = defaultdict(int)
+        self._done = 0
+        self._total = 0
+        self._next_line_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, log: RecordLog, num_left: int) -> None:
+        """Take in what is decoded already; so many records are to come."""
+        for record in log.samples.values():
+            self._count(record)
+        self._done = len(log.samples) + len(log.plain)
+        self._total = self._done + num_left
+        if self._done and num_left:
+            self._console.print(f"going on in {log.folder}: {self._done} of {self._total} records are there")
+        self._progress.update(self._bar, total=self._total, completed=self._done)
+
+    def on_record(self, record: SampleRecord | PlainRecord) -> None:
+        """Show one more."""
+        self._done += 1
+        if isinstance(record, SampleRecord):
+            self._count(record)
+        text = self.line(record.task)
+        self._progress.update(self._bar, completed=self._done, description=text)
+        if not self._console.is_terminal and time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + PLAIN_INTERVAL_S
+            self._console.print(f"{self._done}/{self._total} · {text}", soft_wrap=True)
+
+    def line(self, task: str) -> str:
+        """τ so far, of a task and of all."""
+        overall = _ratio(sum(self._tokens.values()), sum(self._rounds.values()))
+        return f"{task} τ {_ratio(self._tokens[task], self._rounds[task])} · all τ {overall}"
+
+    def _count(self, record: SampleRecord) -> None:
+        self._tokens[record.task] += sum(record.accepted_lengths)
+        self._rounds[record.task] += len(record.accepted_lengths)
+
+
+def results_table(session: Session, results: Results, warnings: Sequence[str]) -> Table:
+    """Figures by task, domain and over all; warnings stand below them, in the table."""
+    settings = session.settings
+    temperature = "greedy" if session.is_greedy else f"temperature {settings.temperature:g}"
+    title = f"{session.algorithm} at {settings.drafter}\nfor {settings.target}, {temperature}"
+    caption = Text.assemble(
+        ("αk: part of the rounds with a k-th draft that accepted it", "dim"),
+        *((f"\n! {warning}", "yellow") for warning in warnings),
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("task")
+    for name in ("samples", "τ", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if session.published:
+        table.add_column("published", justify="right")
+    positions = min(SHOWN_POSITIONS, len(results.overall.accept_rate))
+    for k in range(positions):
+        table.add_column(f"α{k + 1}", justify="right", no_wrap=True)
+    if settings.measure_speedup:
+        table.add_column("speedup", justify="right", no_wrap=True)
+
+    def add(name: str, figures: Figures, style: str) -> None:
+        low, high = figures.interval or (None, None)
+        cells = [name, str(figures.samples), _number(figures.accepted_length), f"{_number(low)} – {_number(high)}"]
+        if session.published:
+            cells.append(_number(figures.published))
+        rates = [*figures.accept_rate, *[None] * positions][:positions]
+        cells += [_number(rate) for rate in rates]
+        if settings.measure_speedup:
+            cells.append(NOTHING if figures.speedup is None else f"{figures.speedup:.2f}×")
+        table.add_row(*cells, style=style)
+
+    for domain, subtotal in results.domains.items():
+        names = [task.name for task in session.tasks if task.domain == domain]
+        for name in names:
+            add(name, results.tasks[name], "")
+        if len(names) > 1:
+            add(f"{domain}, all", subtotal, "bold")
+        table.add_section()
+    if len(results.tasks) > 1:
+        add("all samples", results.overall, "bold green")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _ratio(tokens: int, rounds: int) -> str:
+    return f"{tokens / rounds:.2f}" if rounds else NOTHING
