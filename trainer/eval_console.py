@@ -67,7 +67,9 @@ class EvaluationDisplay:
         self._done = len(log.samples) + len(log.plain)
         self._total = self._done + num_left
         if self._done and num_left:
-            self._console.print(f"going on in {log.folder}: {self._done} of {self._total} records are there")
+            self._console.print(
+                f"going on in {log.folder}: {self._done} of {self._total} records are there", soft_wrap=True
+            )
         self._progress.update(self._bar, total=self._total, completed=self._done)
 
     def on_record(self, record: SampleRecord | PlainRecord) -> None:
