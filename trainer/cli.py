@@ -9,8 +9,8 @@ import typer
 
 from trainer.commands import bench, replay, target
 from trainer.commands.dashboard import dashboard
-from trainer.commands.export import export
 from trainer.commands.eval import evaluate
+from trainer.commands.export import export
 from trainer.commands.run import demo, run
 from trainer.commands.steer import continue_, pause, scale, status, stop
 from trainer.commands.submit import submit
