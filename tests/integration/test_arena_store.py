@@ -120,7 +120,7 @@ def stopped_reader(setup: Setup, job: CaptureJob) -> Iterator[subprocess.Popen[s
         try:
             assert reader.stdout is not None
             assert reader.stdout.readline() == "in the middle\n"
-            wait_until(lambda: state_of(reader.pid) == "T", lambda: state_of(reader.pid), 30)
+            wait_until(lambda: state_of(reader.pid) == "T", lambda: state_of(reader.pid), 120)
             yield reader
         finally:
             reader.kill()
@@ -148,7 +148,7 @@ class Insertion(threading.Thread):
 
 def waits_for_space(setup: Setup, thread: Insertion, told: list[str]) -> None:
     """Wait until the writer has said that it waits."""
-    wait_until(lambda: bool(told), lambda: f"nothing was said; alive {thread.is_alive()}, {thread.error}", 30)
+    wait_until(lambda: bool(told), lambda: f"nothing was said; alive {thread.is_alive()}, {thread.error}", 120)
     assert thread.is_alive()
 
 
@@ -189,7 +189,7 @@ def test_reader_that_stops_in_mid_copy_keeps_its_bytes_although_its_lease_ends(
         reader.send_signal(signal.SIGCONT)
         assert reader.stdout is not None
         assert reader.stdout.readline() == "refused True\n", "what it copied is whole, and is not used"
-        thread.join(30)
+        thread.join(120)
     assert thread.error is None
     assert get_chunk(setup.table, job, 0) == b"\1" * 48
     assert setup.audit() == []
@@ -210,7 +210,7 @@ def test_reader_that_is_killed_in_mid_copy_gives_its_bytes_back(setup: Setup, to
         waits_for_space(setup, thread, told)
         reader.send_signal(signal.SIGKILL)
         reader.wait()
-        thread.join(30)
+        thread.join(120)
     assert thread.error is None
     assert get_chunk(setup.table, job, 1) == b"\2" * 8
 
@@ -238,7 +238,7 @@ def test_writer_that_waits_for_space_gives_up_with_its_capture(setup: Setup, tol
         thread.start()
         waits_for_space(setup, thread, told)
         assert setup.table.abandon(job, failed(job))
-        thread.join(30)
+        thread.join(120)
         assert isinstance(thread.error, UnknownSampleError)
         assert setup.audit() == []
 
@@ -256,7 +256,7 @@ def test_writer_that_waits_for_space_ends_with_its_shard(setup: Setup, told: lis
         thread.start()
         waits_for_space(setup, thread, told)
         setup.table._chunks._stopping.set()
-        thread.join(30)
+        thread.join(120)
         assert isinstance(thread.error, ReplayUnavailableError)
 
 
