@@ -27,6 +27,7 @@ class BenchmarkSettings(Record):
         temperature: 0 is greedy.
         max_new_tokens: Most tokens that a sample grows by.
         confidence_threshold: Cuts a proposal before the first token the drafter is less sure of; 0 never cuts.
+        confidence_temperatures: What confidence logits are divided by before that, one a drafted token; None: nothing.
         seed: Sample i of a task is decoded with seed + i.
         batch_size: Samples decoded at once.
         enable_thinking: Chat-template mode.
@@ -42,6 +43,7 @@ class BenchmarkSettings(Record):
     temperature: float = Field(TEMPERATURE, ge=0)
     max_new_tokens: int = Field(MAX_NEW_TOKENS, ge=1)
     confidence_threshold: float = Field(0.0, ge=0, le=1)
+    confidence_temperatures: tuple[float, ...] | None = None
     seed: int = SEED
     batch_size: int = Field(16, ge=1)
     enable_thinking: bool = False

@@ -51,6 +51,7 @@ def speculative_generate(
     temperature: float = 0.0,
     stop_token_ids: Sequence[int] = (),
     confidence_threshold: float = 0.0,
+    confidence_temperatures: Sequence[float] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> SpeculativeOutput:
@@ -64,6 +65,8 @@ def speculative_generate(
         temperature: Below 1e-5 is greedy.
         stop_token_ids: A row ends after the first of these.
         confidence_threshold: Cuts a proposal before the first token the drafter is less sure of; 0 never cuts.
+        confidence_temperatures: What confidence logits are divided by before that, one a drafted token
+            (docs/confidence.md); None: nothing.
         seed: Row i has random numbers of its own, seeded seed + i: its result does not depend on other rows.
         batch_size: Most rows at once; one that ends makes room for the next. None decodes all of them together.
 
@@ -73,6 +76,11 @@ def speculative_generate(
     """
     prompts = _checked(target_model, input_ids, max_new_tokens, temperature, batch_size)
     check_fits(drafter, target_model, "this drafter")
+    if confidence_temperatures is not None and len(confidence_temperatures) != drafter.settings.num_drafts:
+        raise ValueError(
+            f"{len(confidence_temperatures)} confidence temperatures for a drafter that drafts "
+            f"{drafter.settings.num_drafts} tokens: give one for each"
+        )
     with BatchDecoder(
         target_model,
         drafter,
@@ -80,7 +88,7 @@ def speculative_generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         stop_token_ids=stop_token_ids,
-        cut=cut_below(confidence_threshold),
+        cut=cut_below(confidence_threshold, confidence_temperatures),
     ) as decoder:
         return SpeculativeOutput.of_rows(decoder.run(prompts, seed))
 

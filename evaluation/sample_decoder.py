@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from drafters.drafter import Drafter
 from evaluation.batch_decoder import BatchDecoder, RoundRecord, Row, cut_below
 from evaluation.benchmark import BenchmarkSettings, Sample
+from evaluation.confidence.temperatures import check_num_temperatures
 from evaluation.loading import load_drafter_of, load_target
 from evaluation.origin import check_origin
 from evaluation.records import PlainRecord, SampleRecord, hash_of
@@ -61,6 +62,10 @@ class SampleDecoder:
         check_origin(Path(settings.drafter), folder, allow_other_target=settings.allow_other_target)
         self._target = load_target(folder, dtype, self._device)
         self._drafter = load_drafter_of(self._target, settings.drafter, dtype, self._device)
+        if settings.confidence_temperatures is not None:
+            check_num_temperatures(
+                settings.confidence_temperatures, self._drafter.settings.num_drafts, settings.drafter
+            )
         self._stop_token_ids = find_stop_token_ids(folder)
 
     def decode(self, work: Work, on_record: OnRecord) -> None:
@@ -105,7 +110,7 @@ class SampleDecoder:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             stop_token_ids=self._stop_token_ids,
-            cut=cut_below(settings.confidence_threshold),
+            cut=cut_below(settings.confidence_threshold, settings.confidence_temperatures),
             on_round=note_confidence,
             clock=clock,
         )

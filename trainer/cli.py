@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from trainer.commands import bench, replay, target
+from trainer.commands.confidence import confidence
 from trainer.commands.dashboard import dashboard
 from trainer.commands.eval import evaluate
 from trainer.commands.export import export
@@ -35,6 +36,7 @@ app.command()(stop)
 app.command()(dashboard)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(confidence)
 app.add_typer(bench.app, name="bench")
 app.add_typer(target.app, name="target")
 app.add_typer(replay.app, name="replay")

@@ -19,7 +19,8 @@ GRID = tuple(float(temperature) for temperature in np.geomspace(0.05, 20, 481))
 def fit_temperatures(rounds: Rounds) -> list[float]:
     """One temperature a slot, from rounds decoded at threshold 0.
 
-    Of temperatures with equal ECE the one nearest to 1 is taken, so a slot that no round reaches keeps its logits.
+    Of temperatures with equal ECE the one nearest to 1 is taken. A slot keeps its logits, at temperature 1, where no
+    round reaches it, or where all prefixes survived or none did: its temperature could only run to an end of the grid.
     """
     order = sorted(GRID, key=lambda temperature: abs(np.log(temperature)))
     before = np.ones(rounds.num_rounds)
@@ -29,7 +30,7 @@ def fit_temperatures(rounds: Rounds) -> list[float]:
         judged = rounds.judged(slot)
         survived = rounds.survived(slot)[judged]
         best, least = 1.0, np.inf
-        for temperature in order if judged.any() else ():
+        for temperature in order if 0 < survived.sum() < len(survived) else ():
             products = before[judged] * confidences(logits[judged] / temperature)
             error = expected_calibration_error(clamped(products), survived)
             if error < least:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -50,19 +51,15 @@ class ConfidenceTemperatures(Record):
         return path
 
     @classmethod
-    def load(cls, folder: Path | str, num_drafts: int) -> ConfidenceTemperatures:
+    def load(cls, folder: Path | str) -> ConfidenceTemperatures:
         """Read the file of a drafter's folder.
 
-        Args:
-            folder: Of the drafter.
-            num_drafts: γ of the drafter.
-
         Raises:
-            CheckpointError: There is none, it is spoiled, or it has another number of slots.
+            CheckpointError: There is none, or it is spoiled.
         """
         path = Path(folder) / TEMPERATURES_NAME
         try:
-            fitted = cls.model_validate(read_json(path.read_bytes()))
+            return cls.model_validate(read_json(path.read_bytes()))
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{folder} has no {TEMPERATURES_NAME}: fit temperatures first with slipstream confidence, or decode "
@@ -74,9 +71,16 @@ class ConfidenceTemperatures(Record):
             raise CheckpointError(
                 f"{path} holds no fitted temperatures: {first_fault(error)}. Fit them again with slipstream confidence"
             ) from error
-        if len(fitted.temperatures) != num_drafts:
-            raise CheckpointError(
-                f"{path} has temperatures for {len(fitted.temperatures)} drafted tokens, but the drafter drafts "
-                f"{num_drafts}: it is another drafter's. Fit them again with slipstream confidence"
-            )
-        return fitted
+
+
+def check_num_temperatures(temperatures: Sequence[float], num_drafts: int, drafter: str) -> None:
+    """Check that there is a temperature for each token that a drafter drafts.
+
+    Raises:
+        CheckpointError: There is not.
+    """
+    if len(temperatures) != num_drafts:
+        raise CheckpointError(
+            f"there are temperatures for {len(temperatures)} drafted tokens, but the drafter at {drafter} drafts "
+            f"{num_drafts}: its {TEMPERATURES_NAME} is another drafter's. Fit them again with slipstream confidence"
+        )

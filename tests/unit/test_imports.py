@@ -41,6 +41,8 @@ WITH_TORCH = {
     "evaluation.accept",
     "evaluation.batch_decoder",
     "evaluation.bench.train",
+    "evaluation.confidence.decoding",
+    "evaluation.confidence.measuring",
     "evaluation.decode",
     "evaluation.evaluator",
     "evaluation.fitting",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trainer.commands.options import JsonOption, fail
+from trainer.commands.options import JsonOption, choose_device, fail
 
 if TYPE_CHECKING:
     from evaluation.benchmark import BenchmarkSettings
@@ -42,6 +42,10 @@ def evaluate(
     confidence_threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Cuts a proposal before the first unsure token.")
     ] = 0.0,
+    calibrated: Annotated[
+        bool,
+        typer.Option("--calibrated", help="Compare it with confidences that slipstream confidence has calibrated."),
+    ] = False,
     thinking: Annotated[bool, typer.Option("--thinking", help="Chat template in its thinking mode.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples decoded at once, by each replica.")] = 16,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that share the samples, on Ray if several.")] = 1,
@@ -84,12 +88,14 @@ def evaluate(
         from trainer.eval_console import EvaluationDisplay, results_table
 
         place = _device(device, replicas)
+        temperatures = _temperatures(drafter, confidence_threshold) if calibrated else None
         settings = BenchmarkSettings(
             target=target,
             drafter=str(drafter),
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             confidence_threshold=confidence_threshold,
+            confidence_temperatures=temperatures,
             batch_size=batch_size,
             enable_thinking=thinking,
             dtype=("bfloat16" if place == "cuda" else "float32") if dtype == "auto" else dtype,
@@ -131,17 +137,16 @@ def evaluate(
 
 def _device(wanted: Literal["auto", "cpu", "cuda"], replicas: int) -> Literal["cpu", "cuda"]:
     """What to decode on. With replicas the GPUs need not be this machine's."""
-    if wanted == "cpu" or (wanted == "cuda" and replicas > 1):
-        return wanted
-    import torch
+    return "cuda" if wanted == "cuda" and replicas > 1 else choose_device(wanted)
 
-    if torch.cuda.is_available():
-        return "cuda"
-    if wanted == "cuda":
-        from services.errors import UsageError
 
-        raise UsageError("--device cuda: this machine has no GPU that torch can use; give --device cpu")
-    return "cpu"
+def _temperatures(drafter: Path, threshold: float) -> tuple[float, ...]:
+    from evaluation.confidence.temperatures import ConfidenceTemperatures
+    from services.errors import UsageError
+
+    if not threshold:
+        raise UsageError("--calibrated changes what a threshold is compared with: give --confidence-threshold, too")
+    return ConfidenceTemperatures.load(drafter).temperatures
 
 
 def _threads_of_each(replicas: int, device: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -27,3 +27,22 @@ def fail(console: RunConsole, message: str, exit_code: int) -> NoReturn:
     """Say what went wrong and end the command."""
     console.error(message)
     raise typer.Exit(exit_code)
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """What to decode on in this process: auto takes a GPU where there is one.
+
+    Raises:
+        UsageError: A GPU is wanted and there is none.
+    """
+    if wanted == "cpu":
+        return wanted
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        from services.errors import UsageError
+
+        raise UsageError("--device cuda: this machine has no GPU that torch can use; give --device cpu")
+    return "cpu"
