@@ -120,7 +120,6 @@ class Parts:
             joins=beginning.joins,
             is_paused=beginning.is_paused,
             is_stopped=beginning.is_stopped,
-            wire_dtype=recipe.replay.wire_dtype,
         )
         return recipe.prompts, str(self._prepared.target_folder), *self._where, settings
 

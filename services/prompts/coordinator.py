@@ -102,7 +102,7 @@ class Coordinator:
             Path(settings.capture_log),
             num_captures=self._plan.num_captures,
             num_prompts=self._plan.num_prompts,
-            dtype=settings.wire_dtype,
+            dtype=settings.signature.dtype,
         )
         self._summary: LedgerSummary | None = None
         self._error: Exception | None = None

@@ -31,7 +31,6 @@ class CoordinatorSettings(Record):
         joins: Whether the ranks are at work already: then nothing is granted until each has given its account.
         is_paused: Whether to grant nothing until `go_on`.
         is_stopped: Whether to grant nothing any more.
-        wire_dtype: As which features travel, for the capture log.
     """
 
     reuse: int
@@ -53,7 +52,6 @@ class CoordinatorSettings(Record):
     joins: bool = False
     is_paused: bool = False
     is_stopped: bool = False
-    wire_dtype: WireDtype = "bf16"
 
     @property
     def uses_per_round(self) -> int:
