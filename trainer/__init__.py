@@ -5,5 +5,6 @@ driver       job (the run in one file), preparation, output, cluster, reaper, ob
 each rank    rank (the actor), training (puts it together), loop (the training loop), distributed, schedule, figures
 its samples  prefetch, depth (how far ahead), loading (leases), packing_order (which go together), packing (which row
              goes where), assembly (reads them there), collate (the micro-batch, to the GPU)
+evaluation   replicas (decode on Ray), eval_console (progress and the table)
 checkpoints  checkpoint (where they lie), saving (what is in them), provenance
 """
