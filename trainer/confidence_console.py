@@ -77,7 +77,7 @@ def _calibration_table(study: Study) -> Table:
         f"fitted on {study.num_samples_fitted} others"
     )
     table = _table(title)
-    for name in ("draft", "rounds", "survived", "predicted", "ECE", "AUROC", "Brier", "T", "ECE at T", "Brier at T"):
+    for name in ("k", "rounds", "survived", "predicted", "ECE", "AUROC", "Brier", "T", "ECE at T"):
         table.add_column(name, justify="right")
     for before, after in zip(study.head, study.calibrated, strict=True):
         table.add_row(
@@ -90,7 +90,6 @@ def _calibration_table(study: Study) -> Table:
             f"{before.brier:.3f}",
             f"{study.temperatures[before.position]:.2f}",
             f"{after.ece:.3f}",
-            f"{after.brier:.3f}",
         )
     return table
 

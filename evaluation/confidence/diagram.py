@@ -65,15 +65,25 @@ def _draw(panel: Axes, before: SlotCalibration, after: SlotCalibration) -> None:
     panel.bar(
         edges, shares, width=1 / ECE_BINS, align="edge", color=CALIBRATED, alpha=0.2, label="share of the predictions"
     )
-    for slot, colour, marker, label in (
-        (before, HEAD, "o", "head as trained"),
-        (after, CALIBRATED, "s", "after temperature scaling"),
+    for slot, colour, marker, filled, label in (
+        (before, HEAD, "o", False, "head as trained"),
+        (after, CALIBRATED, "s", True, "after temperature scaling"),
     ):
         found = [entry for entry in slot.bins if entry]
         predicted, observed = [entry.predicted for entry in found], [entry.observed for entry in found]
-        areas = [6 + 60 * entry.count / slot.num_rounds for entry in found]
+        # Rings around squares: both are seen where they coincide.
+        areas = [(6 if filled else 24) + 60 * entry.count / slot.num_rounds for entry in found]
         panel.plot(predicted, observed, color=colour, linewidth=0.8, alpha=0.5)
-        panel.scatter(predicted, observed, areas, color=colour, marker=marker, alpha=0.85, label=label)
+        panel.scatter(
+            predicted,
+            observed,
+            areas,
+            marker=marker,
+            facecolors=colour if filled else "none",
+            edgecolors=colour,
+            linewidths=0.0 if filled else 1.2,
+            label=label,
+        )
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1)
     panel.set_aspect("equal")
