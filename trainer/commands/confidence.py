@@ -92,7 +92,7 @@ def confidence(
             calibrated_sweep=calibrated,
             concurrencies=tuple(sorted(set(_numbers("--concurrency", concurrency, int, 1, 4096)))),
         )
-        check_has_head(drafter)
+        check_has_head(drafter.expanduser())
         place = choose_device(device)
         settings = BenchmarkSettings(
             target=target,

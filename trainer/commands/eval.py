@@ -146,7 +146,7 @@ def _temperatures(drafter: Path, threshold: float) -> tuple[float, ...]:
 
     if not threshold:
         raise UsageError("--calibrated changes what a threshold is compared with: give --confidence-threshold, too")
-    return ConfidenceTemperatures.load(drafter).temperatures
+    return ConfidenceTemperatures.load(drafter.expanduser()).temperatures
 
 
 def _threads_of_each(replicas: int, device: str) -> int | None:
