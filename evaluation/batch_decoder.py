@@ -21,8 +21,14 @@ from torch import Tensor, nn
 from drafters.drafter import Drafter, DraftState, Proposal
 from drafters.sampling import draw_tokens
 from evaluation.accept import Verdicts, distribution, is_greedy, verify_greedy, verify_sampled
-from evaluation.ragged_target import PREFILL_TOKENS, RaggedTarget
+from evaluation.ragged_target import RaggedTarget
 from evaluation.timing import Phase, PhaseClock
+
+PREFILL_TOKENS = 16_384
+"""Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
+
+MOST_PADDED = 1.25
+"""The longest prompt of a prefill over its shortest: padding costs as much as tokens, a pass more costs less."""
 
 Cut = Callable[[Proposal], Tensor]
 """Says how many drafts of each sequence are verified, [B] int64; more than there are means all."""
@@ -306,8 +312,10 @@ def _prefill_groups(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that are prefilled together: of like lengths, so that little is padded, and not too many tokens."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: row.num_prompt):
-        if groups and (len(groups[-1]) + 1) * row.num_prompt <= PREFILL_TOKENS:
-            groups[-1].append(row)
+        group = groups[-1] if groups else []
+        fits = (len(group) + 1) * row.num_prompt <= PREFILL_TOKENS
+        if group and fits and row.num_prompt <= MOST_PADDED * group[0].num_prompt:
+            group.append(row)
         else:
             groups.append([row])
     return groups

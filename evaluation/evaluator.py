@@ -84,6 +84,14 @@ class Evaluator:
             PromptError: Every prompt ended at its first token, so no round was decoded.
         """
         drafter = load_drafter_of(self._target, checkpoint, self._dtype, self._device)
+        return self.measure(drafter, checkpoint, label)
+
+    def measure(self, drafter: Drafter, checkpoint: str, label: str) -> Report:
+        """`evaluate` with a drafter that is loaded already; the target's own device and dtype.
+
+        Raises:
+            PromptError: Every prompt ended at its first token, so no round was decoded.
+        """
         config = self._config
         began_s = time.perf_counter()
         output = speculative_generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +42,12 @@ class Timing(Record):
     def token_s(self) -> float:
         """Seconds a token."""
         return self.total_s / self.num_tokens
+
+
+def total(timings: Iterable[Timing]) -> Timing:
+    """Several parts of a run as one."""
+    parts = list(timings)
+    return Timing(**{name: sum(getattr(part, name) for part in parts) for name in Timing.model_fields})
 
 
 class PhaseClock:

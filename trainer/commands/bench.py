@@ -148,3 +148,43 @@ def bench_stream(
     print(f"trainer wait in the starvation test: {result['starvation']['wait_fraction']:.2%}")
     print(f"{result['rounds']} rounds of {result['samples']} samples of {result['sample_mb']:.1f} MB")
     print(result["hardware"])
+
+
+@app.command("eval")
+def bench_eval(
+    drafter: Annotated[Path | None, typer.Option(help="A checkpoint; an untrained drafter by default.")] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Times that each side decodes 16 prompts.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; torch's own choice by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How fast evaluation decodes with the demo's target: 16 prompts at once against one after the other."""
+    import torch
+
+    from evaluation.bench.eval import measure_evaluation
+    from services.errors import SlipstreamError
+    from trainer.console import RunConsole
+
+    if threads:
+        torch.set_num_threads(threads)
+    console = RunConsole(to_stderr=True)
+    target = Path(__file__).parents[1] / "demo" / "target"
+    try:
+        result = measure_evaluation(target, drafter, console.say, turns=turns, max_new_tokens=max_new_tokens)
+    except SlipstreamError as error:
+        fail(console, str(error), error.exit_code)
+    if as_json:
+        print(json.dumps(result))
+        return
+    size = result["batch_size"]
+    for side, speeds in result["tokens_per_s"].items():
+        print(
+            f"{side}: {speeds['1']:.0f} tokens/s one by one, {speeds[str(size)]:.0f} tokens/s with {size} at once, "
+            f"ratio {result['ratio'][side]:.2f}"
+        )
+    phases = result["phases"]["speculative"]
+    shares = ", ".join(f"{name} {phases[name + '_s']:.2f} s" for name in ("prefill", "draft", "verify", "overhead"))
+    print(f"speedup over plain decoding {result['speedup']:.2f} at τ {result['accepted_length']:.2f} ({shares})")
+    whole = result["evaluation"]
+    print(f"evaluation of {whole['num_prompts']} prompts: {whole['seconds']:.1f} s, lossless check included")
+    print(f"drafter: {result['drafter']}; {result['hardware']}, {result['threads']} threads")
