@@ -211,8 +211,7 @@ class BatchDecoder:
         rows = list(self._rows)
         anchors = torch.tensor([row.tokens[-1] for row in rows], device=self._target.device)
         uniforms = self._uniforms(rows, 2 * self._num_drafts + 1)
-        with self._phase("draft"):
-            whole = self._propose(anchors, uniforms)
+        whole = self._propose(anchors, uniforms)
         proposal = whole.shortened(self._cut(whole)) if self._cut else whole
         with self._phase("verify"):
             token_ids = torch.cat([anchors[:, None], proposal.token_ids], dim=1)
@@ -225,7 +224,8 @@ class BatchDecoder:
     def _propose(self, anchors: Tensor, uniforms: Tensor | None) -> Proposal:
         if self._drafter is None:
             return Proposal(anchors.new_empty(len(anchors), 0))
-        return self._drafter.propose(self._state, anchors, temperature=self._temperature, uniforms=uniforms)
+        with self._phase("draft"):
+            return self._drafter.propose(self._state, anchors, temperature=self._temperature, uniforms=uniforms)
 
     def _judge(self, proposal: Proposal, logits: Tensor, uniforms: Tensor | None) -> Verdicts:
         if uniforms is None:

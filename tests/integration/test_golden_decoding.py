@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from drafters import build_drafter, load_drafter, save_drafter
 from evaluation import EvaluationConfig, Evaluator, greedy_generate, plain_generate, speculative_generate
-from services.errors import CheckpointError
+from services.errors import CheckpointError, PromptError
 
 CASE = Path(__file__).parents[1] / "golden" / "decode_dspark_qwen3"
 DECODE = json.loads((CASE / "decode.json").read_text())
@@ -154,6 +154,22 @@ def test_evaluator_reports_the_reference_figures(checkpoint):
     assert report.lossless is True
     assert report.first_divergence is None
     assert report.seconds > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluator_finds_the_same_whatever_the_batch(checkpoint, batch_size):
+    expected = make_evaluator().evaluate(str(checkpoint), "golden")
+    report = make_evaluator(batch_size=batch_size).evaluate(str(checkpoint), "golden")
+    assert report.model_copy(update={"seconds": 0.0}) == expected.model_copy(update={"seconds": 0.0})
+
+
+def test_evaluator_skips_and_counts_prompts_longer_than_the_context(checkpoint):
+    prompts = [[1] * 513, *[result["prompt"] for result in BY_THRESHOLD[0.0][:2]]]
+    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS)
+    report = Evaluator(str(CASE / "target"), prompts, config).evaluate(str(checkpoint), "long")
+    assert (report.num_skipped, report.num_samples) == (1, 2)
+    with pytest.raises(PromptError, match=r"all 1 held-out prompts are longer than the target's context of 512 tokens"):
+        Evaluator(str(CASE / "target"), prompts[:1], config)
 
 
 def test_evaluator_decodes_the_first_samples_only(checkpoint):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_decoding import FixedDistributionDrafter, ScriptedDrafter, tiny_target
 
+from drafters.sampling import draw_tokens
+from evaluation.accept import Verdicts, verify_sampled
 from evaluation.decode import greedy_generate, speculative_generate
 
 PROMPT = [5, 11, 2, 30]
@@ -172,8 +174,12 @@ def test_impossible_arguments_are_refused(target, prompts, options, message):
         speculative_generate(target, ScriptedDrafter(lambda num_context: []), prompts, **options)
 
 
-def test_sampled_output_is_distributed_as_the_targets():
-    """Second and third new token, jointly, over 2000 rows: chi-square with 4 · 4 − 1 = 15 degrees of freedom."""
+CHI_SQUARE_15_AT_1E_4 = 44.3
+"""Upper 1e-4 quantile of chi-square with 15 degrees of freedom."""
+
+
+def chi_square_of_pairs():
+    """Second and third new token, jointly, over 2000 rows with seeds of their own: 4 · 4 − 1 degrees of freedom."""
     vocab_size, num_rows, temperature = 4, 2000, 3.0
     target = tiny_target(vocab_size=vocab_size, num_layers=2, seed=3)
     drafter = FixedDistributionDrafter(torch.tensor([0.7, 0.1, 0.1, 0.1]), block_size=2)
@@ -190,5 +196,39 @@ def test_sampled_output_is_distributed_as_the_targets():
         counts[tokens[3], tokens[4]] += 1
     assert math.isclose(float(expected.sum()), num_rows, rel_tol=1e-4)
     assert float(expected.min()) > 5  # else the statistic is no chi-square
-    assert float(((counts - expected) ** 2 / expected).sum()) < 44.3  # upper 1e-4 quantile
     assert {length for rounds in output.accepted_draft_lengths for length in rounds} == {0, 1, 2}
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_sampled_output_is_distributed_as_the_targets():
+    assert chi_square_of_pairs() < CHI_SQUARE_15_AT_1E_4
+
+
+def without_residual(proposal, p_target, uniforms):
+    """A wrong verifier: the correction is drawn from the target instead of the residual."""
+    num_accepted, _ = verify_sampled(proposal, p_target, uniforms)
+    rows = p_target[torch.arange(len(num_accepted)), num_accepted]
+    return Verdicts(num_accepted, draw_tokens(rows, uniforms[:, -1]))
+
+
+def lenient(proposal, p_target, uniforms):
+    """A wrong verifier: accepts drafts a third more often than it may."""
+    return verify_sampled(proposal, p_target, torch.cat([uniforms[:, :-1] * 0.75, uniforms[:, -1:]], dim=1))
+
+
+@pytest.mark.parametrize("biased", [without_residual, lenient])
+def test_biased_verifier_fails_the_same_test(monkeypatch, biased):
+    monkeypatch.setattr("evaluation.batch_decoder.verify_sampled", biased)
+    assert chi_square_of_pairs() > 2 * CHI_SQUARE_15_AT_1E_4
+
+
+def test_prompt_longer_than_the_context_is_refused(target):
+    drafter = ScriptedDrafter(lambda num_context: [])
+    with pytest.raises(ValueError, match="prompt 1 has 257 tokens, more than the target's context of 256"):
+        speculative_generate(target, drafter, [[1], [2] * 257], max_new_tokens=2)
+
+
+def test_drafter_of_another_target_is_refused(target):
+    drafter = ScriptedDrafter(lambda num_context: [], vocab_size=50)
+    with pytest.raises(ValueError, match="this drafter has vocab_size 50, the target has 37"):
+        speculative_generate(target, drafter, [[1]], max_new_tokens=2)
