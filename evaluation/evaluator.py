@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from drafters.drafter import Drafter
 from evaluation.accept import is_greedy
 from evaluation.config import EvaluationConfig
 from evaluation.decode import SpeculativeOutput, plain_generate, speculative_generate
 from evaluation.fitting import context_tokens
 from evaluation.loading import load_drafter_of, load_target
 from evaluation.lossless import find_divergence
+from evaluation.origin import check_origin
 from evaluation.report import Divergence, Report, summarize
 from services.errors import PromptError
 from services.models import find_model
@@ -63,7 +66,7 @@ class Evaluator:
         self._config = config
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._device = torch.device("cuda" if config.num_gpus > 0 else "cpu")
-        folder = find_model(model, weights=True)
+        self._folder = folder = find_model(model, weights=True)
         self._target = load_target(folder, self._dtype, self._device)
         self._stop_token_ids = find_stop_token_ids(folder) if stop_token_ids is None else tuple(stop_token_ids)
         self._num_skipped = self._skip_too_long()
@@ -83,6 +86,7 @@ class Evaluator:
             CheckpointError: The folder holds no drafter, or one of another target.
             PromptError: Every prompt ended at its first token, so no round was decoded.
         """
+        check_origin(Path(checkpoint), self._folder, allow_other_target=False)
         drafter = load_drafter_of(self._target, checkpoint, self._dtype, self._device)
         return self.measure(drafter, checkpoint, label)
 

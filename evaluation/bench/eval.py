@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from drafters.build import build_drafter
-from drafters.checkpoint import load_drafter
 from drafters.drafter import Drafter
 from drafters.target_weights import copy_target_embeddings, copy_target_layers
 from evaluation.bench.hardware import describe_hardware
 from evaluation.config import EvaluationConfig
 from evaluation.evaluator import Evaluator
-from evaluation.fitting import check_fits
+from evaluation.loading import load_drafter_of, load_target
+from evaluation.origin import check_origin
 from evaluation.speedup import measure_speedup, timed_decode
-from services.errors import CheckpointError
 from services.prompts.chat import ChatEncoder
 from services.prompts.intake import first_turns
 from services.prompts.sources import load_conversations
@@ -58,9 +56,10 @@ def measure_evaluation(
         the seconds that an evaluation of 64 prompts takes, its lossless check included.
 
     Raises:
+        TargetError: The target cannot be loaded.
         CheckpointError: The folder holds no drafter of this target.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    model = load_target(target, torch.float32, torch.device("cpu"))
     prompts = first_turns(
         load_conversations("stdlib", split="heldout", strict=False),
         ChatEncoder(target, system_prompt=None, enable_thinking=False),
@@ -68,7 +67,11 @@ def measure_evaluation(
         seed=SEED,
         max_length=MAX_PROMPT_TOKENS,
     )
-    drafting = _untrained(model, target) if drafter is None else _load(drafter, model)
+    if drafter is None:
+        drafting = _untrained(model, target)
+    else:
+        check_origin(drafter, target, allow_other_target=False)
+        drafting = load_drafter_of(model, str(drafter), torch.float32, torch.device("cpu"))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_token_ids": find_stop_token_ids(target)}
     sides = {"speculative": drafting, "plain": None}
     speeds = _take_turns(model, sides, prompts, turns, options, say)
@@ -134,12 +137,3 @@ def _untrained(model: Any, target: Path) -> Drafter:
     copy_target_embeddings(drafter, target)
     copy_target_layers(drafter, target, WARM_START_LAYERS)
     return drafter.eval()
-
-
-def _load(folder: Path, model: nn.Module) -> Drafter:
-    try:
-        drafter = load_drafter(folder, dtype=torch.float32)
-        check_fits(drafter, model, f"the drafter at {folder}")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    return drafter

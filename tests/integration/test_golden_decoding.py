@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from drafters import build_drafter, load_drafter, save_drafter
 from evaluation import EvaluationConfig, Evaluator, greedy_generate, plain_generate, speculative_generate
 from services.errors import CheckpointError, PromptError
+from services.models import read_shape
 
 CASE = Path(__file__).parents[1] / "golden" / "decode_dspark_qwen3"
 DECODE = json.loads((CASE / "decode.json").read_text())
@@ -218,6 +219,18 @@ def test_evaluator_refuses_drafter_of_another_target(target, tmp_path, changes, 
 def test_evaluator_refuses_drafter_of_another_family(tmp_path):
     with pytest.raises(CheckpointError, match="was made for a gemma4_text target, this one is a qwen3"):
         make_evaluator().evaluate(str(write_checkpoint(CASE.parent / "decode_dspark_gemma4", tmp_path)), "stranger")
+
+
+def test_evaluator_refuses_drafter_trained_with_another_fingerprint(tmp_path):
+    write_checkpoint(CASE, tmp_path)
+
+    def evaluate_as_trained_with(fingerprint):
+        (tmp_path / "provenance.json").write_text(json.dumps({"target": {"fingerprint": fingerprint}}))
+        return make_evaluator(max_samples=1).evaluate(str(tmp_path), "stranger")
+
+    with pytest.raises(CheckpointError, match=r"\(fingerprint f00\), but the target at .* has fingerprint"):
+        evaluate_as_trained_with("f00")
+    assert evaluate_as_trained_with(read_shape(CASE / "target").fingerprint).num_samples == 1
 
 
 def test_evaluator_refuses_folder_without_drafter(tmp_path):
