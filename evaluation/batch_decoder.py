@@ -21,11 +21,8 @@ from torch import Tensor, nn
 from drafters.drafter import Drafter, DraftState, Proposal
 from drafters.sampling import draw_tokens
 from evaluation.accept import Verdicts, distribution, is_greedy, verify_greedy, verify_sampled
-from evaluation.ragged_target import RaggedTarget
+from evaluation.ragged_target import PREFILL_TOKENS, RaggedTarget
 from evaluation.timing import Phase, PhaseClock
-
-PREFILL_TOKENS = 16_384
-"""Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
 
 MOST_PADDED = 1.25
 """The longest prompt of a prefill over its shortest: padding costs as much as tokens, a pass more costs less."""

@@ -25,6 +25,9 @@ from services.target.tap import FeatureTap, decoder_of
 PACKED = "slipstream_packed"
 """Name of our attention among transformers' own."""
 
+PREFILL_TOKENS = 16_384
+"""Prompt tokens, padding included, of one forward pass; a longer prompt has one of its own."""
+
 
 class RaggedTarget:
     """The target's side of decoding: its cache, its forward passes. A context manager around all of them.
