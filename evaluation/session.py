@@ -106,7 +106,9 @@ def prepare(settings: BenchmarkSettings, choice: TaskChoice, say: Callable[[str]
     shape = read_shape(target_folder)
     drafter = Path(settings.drafter).expanduser().resolve()
     origin = check_origin(drafter, target_folder, allow_other_target=settings.allow_other_target)
-    settings = settings.model_copy(update={"drafter": str(drafter)})
+    is_folder = Path(settings.target).expanduser().is_dir()
+    target = str(target_folder.resolve()) if is_folder else settings.target  # replicas run elsewhere
+    settings = settings.model_copy(update={"drafter": str(drafter), "target": target})
     encoder = ChatEncoder(target_folder, system_prompt=None, enable_thinking=settings.enable_thinking)
     tasks = [
         plan_task(
@@ -218,6 +220,8 @@ def _choose_tasks(choice: TaskChoice) -> list[Task | PromptFile]:
         if path.stem in TASKS or any(task.name == path.stem for task in tasks):
             raise UsageError(f"--prompts {path}: there is a task {path.stem} already; give the file another name")
         tasks.append(PromptFile(name=path.stem, path=path))
+    if not tasks:
+        raise UsageError(f"no task is named: give --tasks some of {', '.join(TASKS)}, or leave it out")
     return tasks
 
 

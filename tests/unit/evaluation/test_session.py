@@ -101,6 +101,7 @@ def test_without_a_choice_all_published_tasks_are_downloaded(checkpoint, prompts
     [
         ({"names": ("gsm9k",)}, "no task 'gsm9k'"),
         ({"names": ("alpaca",)}, r"no alpaca\.jsonl"),
+        ({"names": ()}, "no task is named"),
         ({"prompts": ("mbpp.jsonl",)}, "there is a task mbpp already"),
     ],
 )
@@ -138,6 +139,12 @@ def test_interrupted_evaluation_is_gone_on_with(checkpoint, prompts, tmp_path):
     assert third.starts == 0
     assert results.overall.samples == 5
     assert results.overall.accepted_length == 2.0
+
+
+def test_folders_are_known_wherever_replicas_run(checkpoint, prompts, monkeypatch):
+    monkeypatch.chdir(DEMO_TARGET.parent)
+    session = plan(checkpoint, TaskChoice(folder=prompts), target="./target")
+    assert session.settings.target == str(DEMO_TARGET.resolve())
 
 
 def test_decoder_that_cannot_start_leaves_no_folder(checkpoint, prompts, tmp_path):
