@@ -129,6 +129,7 @@ def test_run_leaves_whole_checkpoints_and_starts_no_compiler(target_folder: Path
     provenance = json.loads((checkpoint / "provenance.json").read_text())
     assert provenance["command"] == ["slipstream", "test"]
     assert provenance["packages"]["torch"] == torch.__version__
+    assert provenance["target"]["enable_thinking"] is False
     start, end = weights_of(output / "step_0"), weights_of(checkpoint)
     moved = {name for name in start if not torch.equal(start[name], end[name])}
     assert moved == start.keys() - {"embed_tokens.weight", "lm_head.weight"}
