@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from trainer.commands import bench, replay, target
+from trainer.commands.compare import compare
 from trainer.commands.confidence import confidence
 from trainer.commands.dashboard import dashboard
 from trainer.commands.eval import evaluate
@@ -37,6 +38,7 @@ app.command()(dashboard)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(confidence)
+app.command()(compare)
 app.add_typer(bench.app, name="bench")
 app.add_typer(target.app, name="target")
 app.add_typer(replay.app, name="replay")

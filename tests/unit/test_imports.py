@@ -42,6 +42,7 @@ WITH_TORCH = {
     "evaluation.batch_decoder",
     "evaluation.bench.eval",
     "evaluation.bench.train",
+    "evaluation.compare.decoding",
     "evaluation.confidence.decoding",
     "evaluation.confidence.measuring",
     "evaluation.decode",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from trainer.commands.options import JsonOption, choose_device, fail
+from trainer.commands.options import JsonOption, choose_device, fail, hardware_of
 
 Number = TypeVar("Number", int, float)
 
@@ -81,7 +81,6 @@ def confidence(
 
     console = RunConsole(to_stderr=as_json)
     try:
-        from evaluation.bench.hardware import describe_hardware
         from evaluation.benchmark import BenchmarkSettings
         from evaluation.confidence.study import DIAGRAMS_PNG, Decoder, StudyPlan, check_has_head, run_study
         from evaluation.session import TaskChoice, prepare
@@ -128,7 +127,7 @@ def confidence(
                 start,
                 display,
                 save_to=None if no_save else Path(session.settings.drafter),
-                hardware=_hardware(place, describe_hardware()),
+                hardware=hardware_of(place),
             )
     except SlipstreamError as error:
         fail(console, str(error), error.exit_code)
@@ -157,11 +156,3 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number], low: Number,
             raise UsageError(f"{option} {text}: {part.strip()!r} is no number from {low} to {high}")
         found.append(number)
     return found
-
-
-def _hardware(device: str, processor: str) -> str:
-    if device == "cpu":
-        return processor
-    import torch
-
-    return f"{torch.cuda.get_device_name()}, {processor}"

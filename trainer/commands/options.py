@@ -46,3 +46,14 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
 
         raise UsageError("--device cuda: this machine has no GPU that torch can use; give --device cpu")
     return "cpu"
+
+
+def hardware_of(device: Literal["cpu", "cuda"]) -> str:
+    """What this process decodes on, to be written beside its times."""
+    from evaluation.bench.hardware import describe_hardware
+
+    if device == "cpu":
+        return describe_hardware()
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {describe_hardware()}"
