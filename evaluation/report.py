@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from evaluation import metrics
 from services.contracts import Record
 
@@ -24,6 +26,15 @@ class Divergence(Record):
     """Between the target's logits of the two tokens; None if one side had ended."""
     within_rounding: bool
     """Whether the gap is so small that the target's dtype cannot tell the tokens apart; never true in float32."""
+
+
+class DomainFigures(Record):
+    """Figures of the prompts of one domain; None where no round was decoded."""
+
+    num_samples: int
+    accepted_length: float | None
+    interval: tuple[float, float] | None
+    accept_rate: tuple[float, ...]
 
 
 class Report(Record):
@@ -53,6 +64,20 @@ class Report(Record):
     first_divergence: Divergence | None
     num_skipped: int = 0
     """Prompts left out because the target's context is shorter."""
+    domains: dict[str, DomainFigures] = Field({})
+    """The same by domain of the prompts."""
+    samples: tuple[tuple[int, int], ...] = ()
+    """Committed tokens and rounds of each prompt, in their order."""
+    weights: str = ""
+    """`weights_digest` of the checkpoint: what was measured, whatever its folder holds later."""
+    began_s: float = 0.0
+    """Wall clock when the evaluator was asked."""
+
+    def accepted_length_of_first(self, num_samples: int) -> float:
+        """τ over the first prompts alone, to compare it with a report on fewer prompts; all if it has no more."""
+        first = self.samples[:num_samples]
+        num_rounds = sum(rounds for _, rounds in first)
+        return sum(tokens for tokens, _ in first) / num_rounds if num_rounds else self.accepted_length
 
 
 def summarize(
@@ -68,12 +93,14 @@ def summarize(
     seconds: float,
     divergences: Sequence[Divergence] | None,
     num_skipped: int = 0,
+    domains: Sequence[str] = (),
 ) -> Report:
     """Put the figures of one evaluation together.
 
     Args:
         divergences: The first divergence of each sample that has one; None if the output was not checked.
         num_skipped: Prompts that were left out.
+        domains: Of each sample; none leaves figures by domain out.
 
     Raises:
         ValueError: There was no round.
@@ -96,4 +123,31 @@ def summarize(
         lossless=None if divergences is None else all(found.within_rounding for found in divergences),
         first_divergence=worst_first[0] if worst_first else None,
         num_skipped=num_skipped,
+        domains={
+            domain: _figures_of(
+                *(
+                    [rounds for rounds, other in zip(lengths, domains, strict=True) if other == domain]
+                    for lengths in (accepted_lengths, proposal_lengths, accepted_draft_lengths)
+                ),
+                seed=seed,
+            )
+            for domain in sorted(set(domains))
+        },
+        samples=tuple((sum(rounds), len(rounds)) for rounds in accepted_lengths),
+    )
+
+
+def _figures_of(
+    accepted_lengths: metrics.Rounds,
+    proposal_lengths: metrics.Rounds,
+    accepted_draft_lengths: metrics.Rounds,
+    *,
+    seed: int,
+) -> DomainFigures:
+    has_rounds = any(accepted_lengths)
+    return DomainFigures(
+        num_samples=len(accepted_lengths),
+        accepted_length=metrics.accepted_length(accepted_lengths) if has_rounds else None,
+        interval=metrics.bootstrap_interval(accepted_lengths, seed=seed) if has_rounds else None,
+        accept_rate=tuple(metrics.accept_rate(accepted_draft_lengths, proposal_lengths)),
     )

@@ -368,6 +368,19 @@ class Event(Record):
     message: str
 
 
+ALL_DOMAINS = "all"
+"""Domain of prompts that name none."""
+
+
+class HeldoutPrompt(Record):
+    """A prompt that evaluation decodes."""
+
+    token_ids: list[int]
+    """With the generation prompt."""
+    domain: str = ALL_DOMAINS
+    """What kind of text it asks for, as its source names it."""
+
+
 class Autoscaling(Record):
     """How a run scales its targets by itself."""
 

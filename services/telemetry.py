@@ -10,7 +10,7 @@ one sink keeps the run's history in its output directory, others turn it into ot
 | `step` | an optimizer step is done | `step`, `total_steps`, `metrics`, `learning_rate`, `samples`, `tokens`, `tokens_per_s`, `wait_s`, `step_s`, `wait_fraction` |
 | `figures` | about once a second | `phase`, `step`, `tokens_captured`, `tokens_trained`, `capture_tokens_per_s`, `resident_bytes`, `shard_bytes` (those of each shard), `peak_bytes`, `capacity_bytes`, `targets`, `autoscaling` |
 | `event` | a restart, a skip, a scaling | `event` (its kind), `message` |
-| `evaluation` | a checkpoint was decoded with | `label`, `step`, `accepted_length`, `interval`, `accept_rate`, `lossless` |
+| `evaluation` | a checkpoint was decoded with | `label`, `step`, `began_s`, `num_samples`, `accepted_length`, `interval`, `accept_rate`, `cond_accept_rate`, `domains` (by name `num_samples`, `accepted_length`, `interval`, `accept_rate`), `lossless` |
 | `end` | an attempt ends in order | `outcome` (`finished`, `stopped`, `failed`), `message` |
 
 Each also has `kind` and `time_s` (wall clock). A resumed run appends to the history of the attempt before.

@@ -4,9 +4,10 @@
     <output_dir>/step_0/      the untrained drafter alone; nothing resumes from it
     <output_dir>/step_latest  symlink to the newest whole one, moved last and atomically
     <output_dir>/step_best    symlink to the one with the longest measured accepted length, moved atomically
+    <output_dir>/step_measuring  symlink to the one that is being decoded with, if any
     <output_dir>/.step_<N>    one being written or deleted; never read
 
-Neither of the two that are pointed to is ever deleted. This module imports no torch: the driver uses it too.
+None that is pointed to is ever deleted. This module imports no torch: the driver uses it too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from services.errors import CheckpointError
 
 LATEST = "step_latest"
 BEST = "step_best"
+MEASURING = "step_measuring"
 LOCK = ".checkpoints.lock"
 LEDGER = "ledger.jsonl"
 
@@ -98,6 +100,23 @@ def mark_best(output_dir: Path, accepted_lengths: Mapping[str, float]) -> Path |
         return best
 
 
+def hold(output_dir: Path, checkpoint: Path) -> None:
+    """Keep a checkpoint from being deleted while it is measured; one that was held before is let go.
+
+    Raises:
+        FileNotFoundError: It has been deleted already.
+    """
+    with _lock(output_dir):
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(f"{checkpoint} is not there any more")
+        _point(output_dir, MEASURING, checkpoint)
+
+
+def let_go(output_dir: Path) -> None:
+    """Let the checkpoint that was measured be deleted when its time has come."""
+    (output_dir / MEASURING).unlink(missing_ok=True)
+
+
 def start_partial(output_dir: Path, step: int) -> Path:
     """Make the hidden folder for a checkpoint. What interrupted attempts left behind is removed first."""
     partial = partial_path(output_dir, step)
@@ -154,7 +173,7 @@ def prune(output_dir: Path, keep: int) -> list[Path]:
     """
     clean(output_dir)
     with _lock(output_dir):
-        pointed_to = {_pointed_to(output_dir, link) for link in (LATEST, BEST)}
+        pointed_to = {_pointed_to(output_dir, link) for link in (LATEST, BEST, MEASURING)}
         deleted = [path for path in _trained(output_dir)[:-keep] if path not in pointed_to]
         for path in deleted:
             path.rename(path.with_name(f".{path.name}"))  # a folder half deleted must not look whole

@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.contracts import Event
+from trainer.evaluation_cost import EvaluationCost
 from trainer.summary import Summary, format_bytes
 from trainer.traffic import FeatureTraffic
 
@@ -36,6 +37,9 @@ PLAIN_INTERVAL_S = 10.0
 """Seconds between progress lines where there is no terminal."""
 
 CURVE_POINTS = 40
+
+NEWEST_ACCEPTED = 3
+"""Measured checkpoints on display, beside the first."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -171,7 +175,7 @@ class RunConsole:
         table.add_row("loss", f"{state.metrics.get('loss', float('nan')):.3f}", "")
         if state.wait_fraction is not None:
             table.add_row("trainer waits", f"{state.wait_fraction:.1%}", "of its time")
-        for label, accepted in state.accepted:
+        for label, accepted in state.accepted[:1] + state.accepted[1:][-NEWEST_ACCEPTED:]:
             table.add_row(f"decoded τ {label}", f"{accepted:.2f}", "tokens a target forward")
         return table
 
@@ -214,6 +218,8 @@ def summary_table(summary: Summary) -> Table:
     if summary.peak_buffer_bytes:
         avoided += f" ({summary.cache_bytes_avoided / summary.peak_buffer_bytes:.0f} × the peak)"
     table.add_row("disk cache avoided", avoided)
+    if summary.evaluation_cost is not None and summary.evaluation_cost.num_measured:
+        table.add_row("measuring meanwhile", _describe_cost(summary.evaluation_cost))
     if summary.trainer_wait_fraction is not None:
         table.add_row("trainer waited", f"{summary.trainer_wait_fraction:.1%} of its time after the first step")
     first = f", first optimizer step after {summary.first_step_s:.0f} s" if summary.first_step_s is not None else ""
@@ -238,6 +244,16 @@ def _describe_traffic(features: FeatureTraffic) -> str:
         if saved
     ]
     return f"{streamed}, where all rows in bf16 are {all_rows}: saved {', '.join(parts)}"
+
+
+def _describe_cost(cost: EvaluationCost) -> str:
+    measured = f"{cost.num_measured} checkpoint{'s' if cost.num_measured > 1 else ''}"
+    if cost.ratio is None or cost.step_s_during is None or cost.step_s_otherwise is None:
+        return f"{measured}; too few steps to say what that costs"
+    return (
+        f"{measured}; a step then took {1000 * cost.step_s_during:.0f} ms, otherwise "
+        f"{1000 * cost.step_s_otherwise:.0f} ms (×{cost.ratio:.2f})"
+    )
 
 
 def _with_interval(value: float, interval: tuple[float, float] | None) -> str:

@@ -16,11 +16,9 @@ import shlex
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import Any, Self
 
 import ray
-import ray.exceptions
 
 from services.contracts import DTYPE_BYTES, Event, TableSignature
 from services.control.board import StatusBoard
@@ -46,7 +44,9 @@ from trainer.checkpoint import checkpoint_path, checkpoint_step, latest_checkpoi
 from trainer.cluster import ANSWER_DEADLINE_S, START_DEADLINE_S, ray_cluster, result_of, wait_started
 from trainer.console import RunConsole
 from trainer.draft_vocabulary import ensure_vocabulary
+from trainer.evaluation_cost import EvaluationCostMeter
 from trainer.evaluations import Evaluations
+from trainer.measuring import Measuring
 from trainer.observer import Observer
 from trainer.output import OutputDir, claim_output_dir, replace_text
 from trainer.page import own_dashboard
@@ -139,14 +139,13 @@ class Job:
         self._scaling = TargetScaling(
             self._recipe.target, self._pool, self._board, self._recipe.trainer.checkpoint_every, self._report
         )
-        self._journal = Journal([HistoryFile(output.telemetry), self._board, self._scaling, *views])
+        self._cost = EvaluationCostMeter()
+        self._journal = Journal([HistoryFile(output.telemetry), self._board, self._scaling, self._cost, *views])
         self._steering = Steering(self._board, self, self._report)
         self._generation = 0
-        self._heldout: list[list[int]] = []
         self._restarts = {what: Restarts(what) for what in (COORDINATOR, GROUP, EVALUATOR)}
         self._is_paused = False
         self._is_stopping = False
-        self._start_is_due = True
 
     def __enter__(self) -> Self:
         return self
@@ -193,8 +192,15 @@ class Job:
         with contextlib.suppress(PartDiedError):  # whose it was shows when each is needed
             wait_started(self._parts.all, self._steering.look)
         self._attending = self._coordinator.actor.attend.remote()
-        if self._evaluations.is_enabled:
-            self._heldout = self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples)
+        self._measuring = Measuring(
+            self._evaluations,
+            self._output.path,
+            self._ask_coordinator("heldout_prompts", recipe.evaluation.max_samples),
+            self._restarts[EVALUATOR],
+            self._pool.states,
+            self._observer.show_report,
+            self._say,
+        )
         self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
         self._check_target()
         self._shards.fill()
@@ -208,8 +214,8 @@ class Job:
         self._steering.enter("training")
         while self._group.calls:
             self._follow()
-            if self._observer.first_step_s is not None and self._start_is_due:
-                self._try_start_evaluation()
+            if self._observer.first_step_s is not None:
+                self._measuring.look(self._observer.state.total_steps or None)
 
     def _follow(self) -> None:
         """One look at everything, for at most `POLL_S` if nothing happens."""
@@ -349,8 +355,11 @@ class Job:
             )
         self._pool.stop()
         self._parts.end()  # the evaluator may need what they hold
-        self._evaluate(newest)
-        start, end = self._evaluations.report(self._untrained), self._evaluations.report(newest)
+        self._observer.phase("decoding held-out prompts with the trained drafter")
+        self._steering.enter("measuring")
+        self._measuring.finish(newest, self._look_while_measuring)
+        untrained = checkpoint_path(self._output.path, 0)
+        start, end = self._evaluations.report(untrained), self._evaluations.report(newest)
         summary = Summary(
             run_id=self._output.run_id,
             output_dir=str(self._output.path),
@@ -368,6 +377,7 @@ class Job:
             buffer_capacity_bytes=int(self._recipe.replay.capacity),
             cache_bytes_avoided=cache_bytes(progress.distinct_tokens, self._prepared.signature),
             features=measure_traffic(progress.traffic, self._prepared.signature),
+            evaluation_cost=self._cost.cost() if self._evaluations.is_enabled else None,
             trainer_wait_fraction=result.wait_fraction,
             first_step_s=self._observer.first_step_s,
             total_s=time.time() - self._started_s,
@@ -453,48 +463,9 @@ class Job:
                 f"here says {expected.fingerprint}: do all nodes see the same model folder?"
             )
 
-    @property
-    def _untrained(self) -> Path:
-        return checkpoint_path(self._output.path, 0)
-
-    def _try_start_evaluation(self) -> None:
-        """Have the untrained drafter measured beside the training, which goes on if that fails: `_evaluate` retries."""
-        try:
-            try:
-                self._evaluations.request(self._untrained, self._heldout)
-                self._observer.show_reports(self._evaluations.collect())
-            except PartDiedError as error:
-                self._forget_evaluator(error)
-        except (SlipstreamError, ray.exceptions.RayError) as error:
-            self._start_is_due = False
-            self._say("evaluation", f"the untrained drafter is measured again at the end: {error}")
-
-    def _evaluate(self, trained: Path) -> None:
-        """Have both ends of the training measured, unless they are."""
-        self._observer.phase("decoding held-out prompts with the trained drafter")
-        self._steering.enter("measuring")
-        while True:
-            self._evaluations.request(self._untrained, self._heldout)
-            self._evaluations.request(trained, self._heldout)
-            try:
-                self._await_reports()
-            except PartDiedError as error:
-                self._forget_evaluator(error)
-            else:
-                return
-
-    def _forget_evaluator(self, cause: PartDiedError) -> None:
-        """The next request starts another one."""
-        self._restarts[EVALUATOR].count(time.monotonic(), cause)
-        self._evaluations.close()
-        self._say("restart", "the evaluator lost its process; what it was measuring is measured again")
-
-    def _await_reports(self) -> None:
-        self._evaluations.wait_started(self._steering.look)
-        while not self._evaluations.is_idle:
-            self._observer.show_reports(self._evaluations.collect(timeout_s=POLL_S))
-            self._observer.beat()
-            self._steering.look()
+    def _look_while_measuring(self) -> None:
+        self._observer.beat()
+        self._steering.look()
 
     def _ask_coordinator(self, question: str, *args: Any) -> Any:
         """Ask the coordinator, and set it up again first if its process was killed."""

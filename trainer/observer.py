@@ -146,21 +146,28 @@ class Observer:
         self._journal.write("event", time_s=event.time_s, event=event.kind, message=event.message)
         self._console.event(event)
 
-    def show_reports(self, reports: list[Report]) -> None:
+    def show_report(self, report: Report) -> None:
         """Show and record decoded τ that has come in."""
-        for report in reports:
-            self.state.accepted.append((report.label, report.accepted_length))
-            self._journal.write(
-                "evaluation",
-                label=report.label,
-                step=checkpoint_step(Path(report.checkpoint)),
-                accepted_length=report.accepted_length,
-                interval=report.interval,
-                accept_rate=report.accept_rate,
-                lossless=report.lossless,
-            )
-            low, high = report.interval
-            self._console.say(f"decoded τ of {report.label}: {report.accepted_length:.2f} ({low:.2f} – {high:.2f})")
+        others = [found for found in self.state.accepted if found[0] != report.label]
+        self.state.accepted = [*others, (report.label, report.accepted_length)]
+        self._journal.write(
+            "evaluation",
+            label=report.label,
+            step=checkpoint_step(Path(report.checkpoint)),
+            began_s=report.began_s,
+            num_samples=report.num_samples,
+            accepted_length=report.accepted_length,
+            interval=report.interval,
+            accept_rate=report.accept_rate,
+            cond_accept_rate=report.cond_accept_rate,
+            domains={name: figures.model_dump(mode="json") for name, figures in report.domains.items()},
+            lossless=report.lossless,
+        )
+        low, high = report.interval
+        self._console.say(
+            f"decoded τ of {report.label}: {report.accepted_length:.2f} ({low:.2f} – {high:.2f}) on "
+            f"{report.num_samples} prompts"
+        )
 
     def progress(self) -> Progress:
         """The coordinator's figures now; the state takes them over.

@@ -167,6 +167,17 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _evaluator_and_target_fit_one_gpu(self) -> Self:
+        shared, targets = self.evaluation.num_gpus, self.target.num_gpus
+        if self.evaluation.placement == "share_target" and shared and targets and shared + targets > 1:
+            raise ValueError(
+                f"evaluation.placement share_target puts the evaluator, with evaluation.num_gpus {shared:g}, on the "
+                f"target's GPU, of which target.num_gpus {targets:g} leaves {max(0.0, 1 - targets):g}: lower one of "
+                "the two, or set evaluation.placement to gpu or off"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it resumes: what is trained on what."""
         return {

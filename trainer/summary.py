@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from services.contracts import Event, Record
 from services.prompts.ledger import LedgerSummary
+from trainer.evaluation_cost import EvaluationCost
 from trainer.traffic import FeatureTraffic
 
 
@@ -33,6 +34,8 @@ class Summary(Record):
     """Bytes that travelled from target to buffer, and what was saved of them."""
     trainer_wait_fraction: float | None
     """Of this attempt, after its first step; None before its second."""
+    evaluation_cost: EvaluationCost | None = None
+    """What measuring checkpoints cost the steps of this attempt; None where nothing is measured."""
     first_step_s: float | None
     """Seconds from the start of the command to the end of this attempt's first optimizer step."""
     total_s: float

@@ -60,13 +60,14 @@ def measure_evaluation(
         CheckpointError: The folder holds no drafter of this target.
     """
     model = load_target(target, torch.float32, torch.device("cpu"))
-    prompts = first_turns(
+    heldout = first_turns(
         load_conversations("stdlib", split="heldout", strict=False),
         ChatEncoder(target, system_prompt=None, enable_thinking=False),
         count=NUM_PROMPTS,
         seed=SEED,
         max_length=MAX_PROMPT_TOKENS,
     )
+    prompts = [prompt.token_ids for prompt in heldout]
     if drafter is None:
         drafting = _untrained(model, target)
     else:
@@ -80,7 +81,7 @@ def measure_evaluation(
     say(f"evaluation of {len(prompts)} prompts")
     began_s = time.perf_counter()
     config = EvaluationConfig(max_samples=NUM_PROMPTS, batch_size=BATCH_SIZE, max_new_tokens=max_new_tokens)
-    report = Evaluator(str(target), prompts, config).measure(drafting, "bench", label="bench")
+    report = Evaluator(str(target), heldout, config).measure(drafting, "bench", label="bench")
     return {
         "drafter": UNTRAINED if drafter is None else str(drafter),
         "tokens_per_s": {

@@ -56,7 +56,8 @@ class StatusBoard:
                     accepted_length=record["accepted_length"],
                     interval=(low, high),
                 )
-                self.set(evaluations=(*self.status.evaluations, point)[-MOST_EVALUATIONS:])
+                others = (other for other in self.status.evaluations if other.label != point.label)
+                self.set(evaluations=(*others, point)[-MOST_EVALUATIONS:])
 
     def set(self, **changes: Any) -> None:
         """What the driver knows better than its records."""

@@ -87,12 +87,22 @@ class _Event(_Shape):
     message: str
 
 
+class _Domain(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+    num_samples: Step = 0
+    accepted_length: Amount | None = None
+    interval: list[Amount] | None = None
+
+
 class _Evaluation(_Shape):
     step: Step
+    num_samples: Step | None = None
     label: str = ""
     accepted_length: Amount
     interval: list[Amount] = []
     accept_rate: list[Amount] = []
+    domains: dict[str, _Domain] = {}
     lossless: bool | None = None
 
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from services.contracts import Outcome, RankAccount, StepLease, StepReport
+from services.contracts import HeldoutPrompt, Outcome, RankAccount, StepLease, StepReport
 from services.errors import (
     DeadlineError,
     PausedError,
@@ -322,8 +322,8 @@ class Coordinator:
                 self._schedule.stop()
             self._changed.notify_all()
 
-    def heldout_prompts(self, count: int) -> list[list[int]]:
-        """Token ids of held-out prompts in a seeded order, each with the generation prompt; none without a source.
+    def heldout_prompts(self, count: int) -> list[HeldoutPrompt]:
+        """Held-out prompts in a seeded order, each with the generation prompt; none without a source.
 
         Raises:
             PromptError: The held-out source cannot be read or has no usable prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from services.answers import AnswerBook
-from services.contracts import CaptureJob
+from services.contracts import CaptureJob, HeldoutPrompt
 from services.errors import CheckpointError, PromptError
 from services.models import find_model
 from services.prompts.chat import ChatEncoder
@@ -84,8 +84,8 @@ class Corpus:
             ks=None if len(ks) == reuse else ks,
         )
 
-    def heldout_prompts(self, count: int) -> list[list[int]]:
-        """Token ids of held-out prompts in a seeded order, each with the generation prompt; none without a source.
+    def heldout_prompts(self, count: int) -> list[HeldoutPrompt]:
+        """Held-out prompts in a seeded order, each with the generation prompt; none without a source.
 
         Raises:
             PromptError: The held-out source cannot be read or has no usable prompt.

@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from services.answers import AnswerBook
-from services.contracts import CaptureJob, Generation, LastRows
+from services.contracts import CaptureJob, Generation, HeldoutPrompt, LastRows
 from services.errors import PromptError
 from services.prompts.chat import ChatEncoder, Encoded, UnusablePromptError
 from services.prompts.config import PromptsConfig
@@ -124,8 +124,8 @@ def check_lengths(encoded: Encoded, *, num_last_rows: int, config: PromptsConfig
 
 def first_turns(
     conversations: Conversations, encoder: ChatEncoder, *, count: int, seed: int, max_length: int
-) -> list[list[int]]:
-    """Token ids of the first user turn of conversations, each with the generation prompt, for evaluation.
+) -> list[HeldoutPrompt]:
+    """The first user turn of conversations, each with the generation prompt, for evaluation.
 
     Args:
         conversations: Where from.
@@ -139,7 +139,7 @@ def first_turns(
     """
     order = list(range(len(conversations.items)))
     random.Random(seed).shuffle(order)
-    prompts: list[list[int]] = []
+    prompts: list[HeldoutPrompt] = []
     for index in order:
         if len(prompts) == count:
             break
@@ -148,7 +148,7 @@ def first_turns(
             continue
         ids = encoder.encode_prompt([user])
         if len(ids) <= max_length:
-            prompts.append(ids)
+            prompts.append(HeldoutPrompt(token_ids=ids, domain=conversations.items.domain(index)))
     if count and not prompts:
         raise PromptError(
             f"none of the {len(order)} held-out conversations begins with a user turn of at most {max_length} tokens"

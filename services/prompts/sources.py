@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
+from services.contracts import ALL_DOMAINS
 from services.errors import PromptError
 from services.prompts.stdlib import Split, library_functions
 
 STDLIB = "stdlib"
+LONGEST_DOMAIN = 40
+"""Characters of a domain's name; something longer is no name."""
+
 MAX_NAMED_LINES = 3
 """Rejected lines that an error quotes; all of them are in `Conversations.rejected`."""
 
@@ -47,6 +51,10 @@ class ConversationItems(Protocol):
         """File and line number, or another name by which a person finds the conversation."""
         ...
 
+    def domain(self, index: int) -> str:
+        """What its source says the conversation is of, for instance math or code; `ALL_DOMAINS` if nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Conversations:
@@ -67,7 +75,8 @@ def load_conversations(source: str, *, split: Split, strict: bool) -> Conversati
     """Find all conversations of a source.
 
     A JSONL line is an object with `messages` ([{role, content}]), `conversations` ([{from, value}], ShareGPT) or
-    `turns` (the user's turns alone, as benchmark sets have them). Blank lines and a byte-order mark are passed over.
+    `turns` (the user's turns alone, as benchmark sets have them); a `domain` beside it names what it is of. Blank lines
+    and a byte-order mark are passed over.
 
     Args:
         source: Path of a JSONL file, or ``stdlib``.
@@ -94,6 +103,9 @@ class _LibraryItems:
 
     def origin(self, index: int) -> str:
         return f"{STDLIB}:{self._named[index][0]}"
+
+    def domain(self, index: int) -> str:
+        return ALL_DOMAINS
 
 
 def _load_stdlib(split: Split) -> Conversations:
@@ -129,9 +141,8 @@ class _JsonlItems:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Conversation:
-        line = os.pread(self._descriptor, self._lengths[index], self._offsets[index])
         try:
-            return parse_line(line)
+            return parse_line(self._line(index))
         except _MalformedLine as error:
             raise PromptError(
                 f"{self.origin(index)}: {error}; the line was well-formed when the run began, so the file was changed: "
@@ -140,6 +151,14 @@ class _JsonlItems:
 
     def origin(self, index: int) -> str:
         return f"{self._path}:{self._line_numbers[index]}"
+
+    def domain(self, index: int) -> str:
+        named = json.loads(self._line(index).decode("utf-8")).get("domain")
+        is_name = isinstance(named, str) and 0 < len(named) <= LONGEST_DOMAIN and named.isprintable()
+        return named if is_name else ALL_DOMAINS
+
+    def _line(self, index: int) -> bytes:
+        return os.pread(self._descriptor, self._lengths[index], self._offsets[index])
 
     def __del__(self) -> None:
         os.close(self._descriptor)

@@ -50,6 +50,15 @@ class PrometheusSink:
         self._accept_rate = Gauge(
             "slipstream_accept_rate", "acceptance by position in the draft, newest step", (RUN, "position")
         )
+        self._decoded_accept_rate = Gauge(
+            "slipstream_decoded_accept_rate",
+            "decoded acceptance by position in the draft, newest checkpoint that was measured",
+            (RUN, "position"),
+        )
+        self._domains = Gauge(
+            "slipstream_domain_accepted_length", "decoded accepted length by domain of the prompts", (RUN, "domain")
+        )
+        self._measured_step = -1
         self._targets = Gauge("slipstream_targets", "targets by what they do", (RUN, "state"))
         self._events = Counter("slipstream_events", "restarts, scalings and other events", (RUN, "event"))
         self._counted: dict[str, int] = dict.fromkeys(COUNTERS, 0)
@@ -64,7 +73,7 @@ class PrometheusSink:
             case "figures":
                 self._take_figures(record)
             case "evaluation":
-                self._set("accepted_length", record["accepted_length"])
+                self._take_evaluation(record)
             case "event":
                 self._events.inc(1, {**self._tags, "event": record["event"]})
 
@@ -103,6 +112,17 @@ class PrometheusSink:
         self._states |= states.keys()
         for state in self._states:  # a state that nobody is in any more goes back to 0
             self._targets.set(states[state], {**self._tags, "state": state})
+
+    def _take_evaluation(self, record: dict[str, Any]) -> None:
+        if record["step"] < self._measured_step:  # the untrained drafter is measured once more at the end
+            return
+        self._measured_step = record["step"]
+        self._set("accepted_length", record["accepted_length"])
+        for position, rate in enumerate(record["accept_rate"]):
+            self._decoded_accept_rate.set(rate, {**self._tags, "position": str(position)})
+        for domain, figures in record["domains"].items():
+            if figures["accepted_length"] is not None:
+                self._domains.set(figures["accepted_length"], {**self._tags, "domain": domain})
 
     def _set(self, name: str, value: float) -> None:
         self._gauges[name].set(value, self._tags)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from services.contracts import ALL_DOMAINS
+
 FLUSH_S = 5
 """How long a figure may wait in memory."""
 
@@ -110,3 +112,11 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "eval/accepted_length_high", high
         for position, rate in enumerate(record["accept_rate"]):
             yield f"eval/accept_rate/{position}", rate
+        for position, rate in enumerate(record["cond_accept_rate"]):
+            if rate is not None:
+                yield f"eval/cond_accept_rate/{position}", rate
+        for domain, figures in record["domains"].items():
+            if domain != ALL_DOMAINS and figures["accepted_length"] is not None:
+                yield f"eval/domains/{domain}/accepted_length", figures["accepted_length"]
+                for position, rate in enumerate(figures["accept_rate"]):
+                    yield f"eval/domains/{domain}/accept_rate/{position}", rate

@@ -183,8 +183,20 @@ def test_run_that_was_killed_opens_and_says_how_to_go_on(browser: Chrome, writte
 
 
 def test_finished_run_opens_without_controls(browser: Chrome, written: Served) -> None:
+    for at_step, tau in ((0, 1.25), (10, 1.75), (15, 2.5)):
+        written.write(record(
+            "evaluation", T0 + 20, label=f"step_{at_step}", step=at_step, began_s=T0 + 19, num_samples=4,
+            accepted_length=tau, interval=[tau - 0.1, tau + 0.1], accept_rate=[0.5, 0.25], lossless=True,
+            domains={"math": {"accepted_length": tau + 1}, "code": {"accepted_length": tau}},
+        ))  # fmt: skip
     written.write(record("end", T0 + 21, outcome="finished", message="the run is done"))
     browser.get(written.url)
+    wait_until(
+        lambda: points(browser, "decoded-positions") == points(browser, "domains") == 3, "decoded curves", WAIT_S
+    )
+    shows(browser, "n-tau", "2.50")
+    legend = browser.find_element(By.CSS_SELECTOR, "#chart-domains .legend").text
+    assert ("code 2.50" in legend, "math 3.50" in legend) == (True, True)
     shows(browser, "state", "finished")
     shows(browser, "notice", "Finished: 20 steps")
     assert not browser.find_element(By.ID, "steer").is_displayed()

@@ -484,7 +484,7 @@ def test_heldout_prompts_end_with_the_generation_prompt(run: Run, model: str):
     assert prompts == coordinator.heldout_prompts(5)[:3]
     tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
     ending = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
-    assert all(prompt[-len(ending) :] == ending for prompt in prompts)
+    assert all(prompt.token_ids[-len(ending) :] == ending for prompt in prompts)
 
 
 def test_no_heldout_source_gives_no_prompts(run: Run):

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from drafters import build_drafter, load_drafter, save_drafter
 from evaluation import EvaluationConfig, Evaluator, greedy_generate, plain_generate, speculative_generate
+from evaluation.weights import weights_digest
+from services.contracts import HeldoutPrompt
 from services.errors import CheckpointError, PromptError
 from services.models import read_shape
 
@@ -133,10 +135,16 @@ def pair_probabilities(target, prompt, temperature):
     return torch.einsum("a,ab,abc->bc", first, second, third)
 
 
+def golden_prompts():
+    return [
+        HeldoutPrompt(token_ids=result["prompt"], domain=("math", "code")[index % 2])
+        for index, result in enumerate(BY_THRESHOLD[0.0])
+    ]
+
+
 def make_evaluator(**settings):
-    prompts = [result["prompt"] for result in BY_THRESHOLD[0.0]]
     config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, **settings)
-    return Evaluator(str(CASE / "target"), prompts, config, dtype="float32")
+    return Evaluator(str(CASE / "target"), golden_prompts(), config, dtype="float32")
 
 
 def test_evaluator_reports_the_reference_figures(checkpoint):
@@ -165,12 +173,28 @@ def test_evaluator_finds_the_same_whatever_the_batch(checkpoint, batch_size):
 
 
 def test_evaluator_skips_and_counts_prompts_longer_than_the_context(checkpoint):
-    prompts = [[1] * 513, *[result["prompt"] for result in BY_THRESHOLD[0.0][:2]]]
+    prompts = [HeldoutPrompt(token_ids=[1] * 513), *golden_prompts()[:2]]
     config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS)
     report = Evaluator(str(CASE / "target"), prompts, config).evaluate(str(checkpoint), "long")
     assert (report.num_skipped, report.num_samples) == (1, 2)
     with pytest.raises(PromptError, match=r"all 1 held-out prompts are longer than the target's context of 512 tokens"):
         Evaluator(str(CASE / "target"), prompts[:1], config)
+
+
+def test_evaluator_reports_by_domain_and_over_the_first_samples(checkpoint):
+    evaluator = make_evaluator()
+    few, report = evaluator.evaluate(str(checkpoint), "few", 3, threads=1), evaluator.evaluate(str(checkpoint), "all")
+    assert few.accepted_length == report.accepted_length_of_first(3)
+    assert few.samples == report.samples[:3]
+    assert few.weights == report.weights == weights_digest(checkpoint)
+    for domain, results in (("math", BY_THRESHOLD[0.0][::2]), ("code", BY_THRESHOLD[0.0][1::2])):
+        found = report.domains[domain]
+        committed = [length for result in results for length in result["acceptance_lengths"]]
+        assert found.num_samples == len(results)
+        assert found.accepted_length == sum(committed) / len(committed)
+        assert found.interval[0] <= found.accepted_length <= found.interval[1]
+        kept = [length for result in results for length in result["accepted_draft_lengths"]]
+        assert found.accept_rate[0] == sum(length > 0 for length in kept) / len(kept)
 
 
 def test_evaluator_decodes_the_first_samples_only(checkpoint):
@@ -188,7 +212,7 @@ def test_evaluator_claims_nothing_about_sampled_output(checkpoint):
 
 def test_evaluator_finds_where_output_leaves_the_targets(checkpoint):
     evaluator = make_evaluator(max_samples=2)
-    own = list(evaluator._own_output()[1])
+    own = list(evaluator._own_output(2)[1])
     evaluator._references[1] = [*own[:10], own[10] + 1, *own[11:]]
     report = evaluator.evaluate(str(checkpoint), "tampered")
     assert report.lossless is False
@@ -239,7 +263,7 @@ def test_evaluator_refuses_folder_without_drafter(tmp_path):
 
 
 def test_evaluator_runs_as_ray_actor(ray_cluster, checkpoint, tmp_path):
-    prompts = [result["prompt"] for result in BY_THRESHOLD[0.0][:2]]
+    prompts = golden_prompts()[:2]
     config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, threads=1)
     actor = ray.remote(Evaluator).options(num_cpus=0).remote(str(CASE / "target"), prompts, config)
     try:

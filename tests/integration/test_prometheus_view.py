@@ -36,7 +36,10 @@ for number, sink in enumerate(runs, start=1):
     for tokens, state in ((1000, "loading"), (3000 * number, "serving")):
         targets = [{{"index": 0, "state": state}}, {{"index": 1, "state": state}}]
         sink.take(figures | {{"tokens_captured": tokens, "tokens_trained": tokens // 2, "targets": targets}})
-    sink.take({{"kind": "evaluation", "accepted_length": 2.25}})
+    for at_step, accepted in ((5, 2.25), (0, 1.25)):
+        domains = {{"math": {{"accepted_length": accepted + 1}}, "code": {{"accepted_length": None}}}}
+        sink.take({{"kind": "evaluation", "step": at_step, "accepted_length": accepted, "accept_rate": [0.75, accepted],
+                   "domains": domains}})
     for _ in range(number):
         sink.take({{"kind": "event", "event": "target", "message": "target 1 died"}})
 runs[1].take({{"kind": "end", "outcome": "finished", "message": ""}})
@@ -65,6 +68,9 @@ EXPECTED = {
     "tokens_trained_total": (1500, 3000),
     "accept_rate/0": (0.5, 0.5),
     "accept_rate/1": (0.25, 0.25),
+    "decoded_accept_rate/0": (0.75, 0.75),
+    "decoded_accept_rate/1": (2.25, 2.25),
+    "domain_accepted_length/math": (3.25, 3.25),
     "targets/loading": (0, 0),
     "targets/serving": (2, 2),
     "events_total/target": (1, 2),
@@ -79,7 +85,7 @@ def scrape(url: str) -> dict[tuple[str, str], float]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith("ray_slipstream_"):
-                more = [sample.labels[tag] for tag in ("position", "state", "event") if tag in sample.labels]
+                more = [sample.labels[tag] for tag in ("position", "state", "event", "domain") if tag in sample.labels]
                 name = "/".join([sample.name.removeprefix("ray_slipstream_"), *more])
                 values[name, sample.labels["run"]] = sample.value
     return values

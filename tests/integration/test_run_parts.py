@@ -12,11 +12,13 @@ import pytest
 import ray
 
 from evaluation.report import Report
+from evaluation.weights import weights_digest
+from services.contracts import HeldoutPrompt
 from services.errors import PlacementError, PromptError, SlipstreamError
 from services.placement import Ask
-from trainer.checkpoint import best_checkpoint
+from trainer.checkpoint import best_checkpoint, prune
 from trainer.cluster import check_fits, result_of, start_part, wait_started
-from trainer.evaluations import Evaluations
+from trainer.evaluations import Evaluations, _Key
 from trainer.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -50,12 +52,12 @@ def poll(ask: Callable[[], object]) -> None:
         ask()
 
 
-def make_recipe(max_new_tokens: int = 8) -> Recipe:
+def make_recipe(**evaluation: int) -> Recipe:
     return Recipe.model_validate(
         {
             "target": {"model": "nowhere"},
             "prompts": {"source": "stdlib", "heldout": "stdlib"},
-            "evaluation": {"max_samples": 1, "max_new_tokens": max_new_tokens, "threads": 1},
+            "evaluation": {"max_samples": 1, "max_new_tokens": 8, "threads": 1, **evaluation},
         }
     )
 
@@ -97,43 +99,88 @@ def test_part_that_died_is_named(part_class: type) -> None:
         poll(lambda: result_of(part.actor.half.remote(), "the part", timeout_s=DEADLINE_S))
 
 
+def make_checkpoint(folder: Path, weights: str = "weights") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text(weights)
+    return folder
+
+
 def test_failed_evaluator_says_why_and_can_be_asked_again(tmp_path: Path) -> None:
     evaluations = Evaluations(make_recipe(), "target", tmp_path / "evaluations.jsonl")
-    for _ in range(2):
-        evaluations.request(tmp_path / "step_0", [[]])
-        assert not evaluations.is_idle
+    checkpoint = make_checkpoint(tmp_path / "step_0")
+    for during in (False, True):
+        assert evaluations.request(checkpoint, [HeldoutPrompt(token_ids=[])], during=during)
+        assert (evaluations.is_idle, evaluations.under_way) == (False, "step_0")
         with pytest.raises(PromptError, match="held-out prompt 0 has no tokens"):
             poll(lambda: evaluations.collect(timeout_s=1.0))
         assert evaluations.is_idle
     evaluations.close()
 
 
-def make_report(checkpoint: Path, accepted_length: float = 0) -> Report:
+def make_report(checkpoint: Path, samples: tuple[tuple[int, int], ...]) -> Report:
+    """Of a checkpoint with these committed tokens and rounds by sample."""
     return Report.model_validate(
         dict.fromkeys(Report.model_fields, 0) | {
-            "label": checkpoint.name, "checkpoint": str(checkpoint), "accepted_length": accepted_length,
+            "label": checkpoint.name, "checkpoint": str(checkpoint), "samples": samples, "num_samples": len(samples),
+            "accepted_length": sum(tokens for tokens, _ in samples) / sum(rounds for _, rounds in samples),
             "interval": (1, 2), "accept_rate": (), "cond_accept_rate": (), "lossless": None, "first_divergence": None,
+            "weights": weights_digest(checkpoint), "domains": {},
         }
     )  # fmt: skip
 
 
-def test_best_measured_checkpoint_is_pointed_to(tmp_path: Path) -> None:
-    evaluations = Evaluations(make_recipe(), "target", tmp_path / "evaluations.jsonl")
-    for step, accepted_length in ((0, 1.0), (3, 2.5), (6, 2.25)):
-        (tmp_path / f"step_{step}").mkdir()
-        evaluations._reports[f"step_{step}"] = make_report(tmp_path / f"step_{step}", accepted_length)
-        evaluations._write()
-    assert best_checkpoint(tmp_path) == tmp_path / "step_3"
+class StandIn:
+    """An evaluator that has measured: its process is not what is tested."""
+
+    def __init__(self, evaluations: Evaluations) -> None:
+        self.evaluations = evaluations
+
+    def measures(self, checkpoint: Path, *samples: tuple[int, int], asked: int | None = None) -> Report:
+        report = make_report(checkpoint, samples)
+        key = _Key(report.label, report.weights, asked or len(samples))
+        self.evaluations._reports[key] = report
+        self.evaluations._write()
+        return report
 
 
-def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
-    log, checkpoint = tmp_path / "evaluations.jsonl", tmp_path / "step_0"
-    report = make_report(checkpoint)
-    evaluations = Evaluations(make_recipe(), "target", log)
-    evaluations._reports["step_0"] = report
-    evaluations._write()
+def test_best_measured_checkpoint_is_pointed_to_over_the_same_prompts(tmp_path: Path) -> None:
+    measured = StandIn(Evaluations(make_recipe(max_samples=2), "target", tmp_path / "evaluations.jsonl"))
+    checkpoints = {step: make_checkpoint(tmp_path / f"step_{step}", str(step)) for step in (0, 3, 6, 9)}
+    measured.measures(checkpoints[0], (9, 1))
+    assert best_checkpoint(tmp_path) is None, "the untrained drafter does not count"
+    measured.measures(checkpoints[3], (20, 8))
+    measured.measures(checkpoints[6], (18, 8))
+    assert best_checkpoint(tmp_path) == checkpoints[3]
+    measured.measures(checkpoints[9], (16, 8), (90, 10))
+    assert best_checkpoint(tmp_path) == checkpoints[3], "the second prompt is an easy one"
+    make_checkpoint(checkpoints[3], "trained anew")
+    measured.measures(checkpoints[0], (9, 1))
+    assert best_checkpoint(tmp_path) == checkpoints[6], "what was measured at step 3 is no longer there"
+
+
+def test_results_of_other_settings_or_weights_are_not_taken_for_these(tmp_path: Path) -> None:
+    log, checkpoint = tmp_path / "evaluations.jsonl", make_checkpoint(tmp_path / "step_0")
+    report = StandIn(Evaluations(make_recipe(), "target", log)).measures(checkpoint, (5, 2))
     same, other = Evaluations(make_recipe(), "target", log), Evaluations(make_recipe(max_new_tokens=9), "target", log)
     assert same.report(checkpoint) == report
     assert other.report(checkpoint) is None
-    same.request(checkpoint, [[1]])
+    assert same.request(checkpoint, [HeldoutPrompt(token_ids=[1])])
     assert same.is_idle, "measured already"
+    StandIn(other).measures(checkpoint, (6, 2))
+    assert Evaluations(make_recipe(), "target", log).report(checkpoint) == report, "kept beside the other settings'"
+    make_checkpoint(checkpoint, "others")
+    assert same.report(checkpoint) is None
+
+
+def test_checkpoint_is_held_while_it_is_measured_and_one_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    evaluations = Evaluations(make_recipe(), "nowhere", tmp_path / "evaluations.jsonl")
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path / f"step_{step}")
+    assert evaluations.request(tmp_path / "step_1", [HeldoutPrompt(token_ids=[1])], during=True)
+    assert prune(tmp_path, keep=1) == [tmp_path / "step_2"]
+    assert (tmp_path / "step_1").is_dir()
+    evaluations.close()
+    assert prune(tmp_path, keep=1) == [tmp_path / "step_1"]
+    assert not evaluations.request(tmp_path / "step_1", [HeldoutPrompt(token_ids=[1])], during=True)
+    assert evaluations.is_idle

@@ -48,7 +48,7 @@ function take({ series = {}, events = [], evaluations = [], status }) {
   }
   page.events.push(...events);
   for (const found of evaluations) {
-    page.evaluations = [...page.evaluations.filter((other) => other.step !== found.step), found];
+    page.evaluations = [...page.evaluations.filter((other) => other.step !== found.step), found].sort((a, b) => a.step - b.step);
   }
   show(status);
   if (page.liveRows > MOST_LIVE_ROWS) load();

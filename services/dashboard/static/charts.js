@@ -19,7 +19,10 @@ const DEFINITIONS = [
       { name: "expected_smooth", label: "expected, in training", color: "--series-main" },
     ],
   },
-  { id: "positions", title: "Acceptance by position", format: percent, lines: [], ramp: "accept_rate@" },
+  { id: "positions", title: "Acceptance by position", note: "in training", format: percent, lines: [], ramp: "accept_rate@" },
+  { id: "decoded-positions", title: "Decoded acceptance by position", note: "held-out prompts", format: percent, lines: [],
+    ramp: "decoded_rate@", dots: true },
+  { id: "domains", title: "Decoded τ by domain", format: fixed(2), fromLowest: true, lines: [], kinds: "decoded_tau@", dots: true },
   {
     id: "loss", title: "Loss", format: fixed(3),
     lines: [
@@ -46,6 +49,8 @@ const DEFINITIONS = [
   { id: "learning-rate", title: "Learning rate", format: fixed(2), isPower: true,
     lines: [{ name: "learning_rate", label: "now", color: "--series-other" }] },
 ];
+
+const KIND_COLORS = ["--series-main", "--series-mark", "--series-other", "--series-event"];
 
 let colors = {};
 
@@ -94,6 +99,24 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+/** What was decoded with checkpoints, as series over their steps. */
+function decodedSeries(evaluations) {
+  const made = {};
+  const add = (name, found, value) => {
+    const series = (made[name] ??= { step: [], elapsed_s: [], value: [] });
+    series.step.push(found.step);
+    series.elapsed_s.push(found.elapsed_s);
+    series.value.push(value);
+  };
+  for (const found of evaluations) {
+    (found.accept_rate ?? []).forEach((rate, k) => add(`decoded_rate@${k}`, found, rate));
+    for (const [domain, { accepted_length: tau }] of Object.entries(found.domains ?? {})) {
+      if (typeof tau === "number") add(`decoded_tau@${domain}`, found, tau);
+    }
+  }
+  return made;
+}
+
 class Chart {
   constructor(definition, shared) {
     this.definition = definition;
@@ -137,8 +160,10 @@ class Chart {
     this.newMarks = { x: [], y: [], low: [], high: [] };
     for (const line of definition.lines) this.addLine(line);
     if (definition.marks) {
+      this.band = this.plot.varea({ field: "x" }, { field: "low" }, { field: "high" }, { source: this.marks, fill_alpha: 0.14 });
+      this.path = this.plot.line({ field: "x" }, { field: "y" }, { source: this.marks, line_width: 2, line_join: "round" });
       this.whiskers = this.plot.segment(
-        { field: "x" }, { field: "low" }, { field: "x" }, { field: "high" }, { source: this.marks, line_width: 2 },
+        { field: "x" }, { field: "low" }, { field: "x" }, { field: "high" }, { source: this.marks, line_width: 1 },
       );
       this.dots = this.plot.scatter({ field: "x" }, { field: "y" }, { source: this.marks, size: 9, line_width: 2 });
       this.markSwatch = element("i", { className: "dot" });
@@ -162,6 +187,7 @@ class Chart {
       source, line_width: line.faint ? 1 : 2, line_alpha: line.faint ? 0.2 : 1, line_join: "round",
       ...(line.dashed ? { line_dash: [5, 4] } : {}),
     });
+    if (this.definition.dots) made.dots = this.plot.scatter({ field: "x" }, { field: "y" }, { source, size: 6 });
     this.lines.push(made);
     if (line.label) {
       const swatch = element("i", { className: line.dashed ? "dashed" : "" });
@@ -176,17 +202,20 @@ class Chart {
   paint() {
     const [ink, grid, event] = ["--soft", "--grid", "--series-event"].map(colorOf);
     const font = getComputedStyle(document.body).fontFamily;
-    const accepted = this.lines.filter((line) => line.name.startsWith("accept_rate@"));
+    const accepted = this.definition.ramp ? this.lines : [];
     const shades = ramp(colorOf("--ramp-from"), colorOf("--ramp-to"), accepted.length);
     for (const line of this.lines) {
       const color = accepted.includes(line) ? shades[accepted.indexOf(line)] : colorOf(line.color);
       line.glyph.glyph.line_color = color;
       if (line.area) line.area.glyph.fill_color = color;
+      if (line.dots) line.dots.glyph.setv({ fill_color: color, line_color: color });
       if (line.swatch) line.swatch.style.borderTopColor = color;
     }
     this.eventLines.glyph.line_color = event;
     if (this.dots) {
       const mark = colorOf("--series-mark");
+      this.band.glyph.fill_color = mark;
+      this.path.glyph.line_color = mark;
       this.whiskers.glyph.line_color = mark;
       this.dots.glyph.line_color = mark;
       this.dots.glyph.fill_color = colorOf("--card");
@@ -228,6 +257,15 @@ class Chart {
       const before = this.lines.length;
       for (let k = before; series[`${this.definition.ramp}${k}`]; k += 1) {
         this.addLine({ name: `${this.definition.ramp}${k}`, label: String(k + 1), color: "--series-main" });
+      }
+      if (this.lines.length > before) this.paint();
+    }
+    if (this.definition.kinds) {
+      const before = this.lines.length;
+      for (const name of Object.keys(series).filter((name) => name.startsWith(this.definition.kinds)).sort()) {
+        if (this.lines.some((line) => line.name === name)) continue;
+        const color = KIND_COLORS[this.lines.length % KIND_COLORS.length];
+        this.addLine({ name, label: name.slice(this.definition.kinds.length), color });
       }
       if (this.lines.length > before) this.paint();
     }
@@ -307,6 +345,8 @@ class Chart {
       const between = extremes(line.y).map(format).join(" and ");
       return `${line.label}: ${format(line.y[0])} at first, ${format(line.y.at(-1))} at last, between ${between}`;
     });
+    const decoded = this.definition.marks ? this.newMarks.y : [];
+    if (decoded.length) parts.push(`decoded τ: ${fixed(2)(decoded[0])} at first, ${fixed(2)(decoded.at(-1))} at last`);
     const label = `Chart of ${this.definition.title.toLowerCase()}. ${parts.join(". ") || "Nothing yet"}.`;
     this.plotBox.setAttribute("aria-label", `${label} A table follows.`);
   }
@@ -392,8 +432,11 @@ export class Charts {
   }
 
   /** Shows part of the axis, from `low` to `high`, in steps or seconds. */
-  update({ series, axis, low, high, evaluations, events }) {
+  update({ series: trained, axis, low, high, evaluations, events }) {
     this.axis = axis;
+    const series = { ...trained, ...decodedSeries(evaluations) };
+    const domains = new Set(evaluations.flatMap((found) => Object.keys(found.domains ?? {})));
+    for (const chart of this.charts) if (chart.definition.kinds) chart.root.hidden = domains.size < 2;
     this.unit = axis === "step" ? { unit: "steps", size: 1 } : timeUnit(high);
     const { size } = this.unit;
     const toX = size === 1 ? (value) => value : (value) => value / size;

@@ -130,12 +130,15 @@ def test_events_of_driver_and_parts_are_recorded_alike(observer: Observer, parts
 def test_evaluations_are_recorded_with_their_step(observer: Observer, parts: Parts) -> None:
     values = dict.fromkeys(Report.model_fields, 0) | {
         "label": "step_40", "checkpoint": "/runs/demo/step_40", "accepted_length": 2.5, "interval": (2.4, 2.6),
-        "accept_rate": (0.8, 0.5), "cond_accept_rate": (), "lossless": True, "first_divergence": None,
+        "accept_rate": (0.8, 0.5), "cond_accept_rate": (0.8, None), "lossless": True, "first_divergence": None,
+        "num_samples": 9, "began_s": 7.5, "samples": (), "weights": "",
+        "domains": {"math": {"num_samples": 9, "accepted_length": 2.5, "interval": None, "accept_rate": ()}},
     }  # fmt: skip
-    observer.show_reports([Report.model_validate(values)])
+    observer.show_report(Report.model_validate(values))
     (record,) = parts.written
     del record["time_s"]
     assert record == {
         "kind": "evaluation", "label": "step_40", "step": 40, "accepted_length": 2.5, "interval": (2.4, 2.6),
-        "accept_rate": (0.8, 0.5), "lossless": True,
+        "accept_rate": (0.8, 0.5), "cond_accept_rate": (0.8, None), "lossless": True, "num_samples": 9, "began_s": 7.5,
+        "domains": {"math": {"num_samples": 9, "accepted_length": 2.5, "interval": None, "accept_rate": []}},
     }  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from evaluation.report import Report
+from evaluation.weights import weights_digest
 from services.answers import AnswerBook, AnswerWriter
 from services.control.client import BEACON, read_beacon
 from services.errors import CheckpointError, OutputDirError, PromptError, SlipstreamError, UsageError
@@ -245,12 +246,19 @@ def test_spoiled_result_of_these_settings_is_refused_by_its_field(tmp_path: Path
     path = tmp_path / "evaluations.jsonl"
     path.write_bytes(b"")
     own = Evaluations(a_recipe(tmp_path), "target", path)._settings
-    path.write_text(json.dumps({"settings": own, "report": REPORT}) + "\n")
-    reported = Evaluations(a_recipe(tmp_path), "target", path).report(Path("step_3"))
-    assert reported == Report.model_validate(REPORT)
-    path.write_text(json.dumps({"settings": own, "report": REPORT | {"seconds": "long"}}) + "\n")
-    with pytest.raises(CheckpointError, match=r"evaluations\.jsonl:1: no result of decoding: seconds: "):
-        Evaluations(a_recipe(tmp_path), "target", path)
+    checkpoint = tmp_path / "step_3"
+    checkpoint.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (checkpoint / name).touch()
+    found = REPORT | {"weights": weights_digest(checkpoint)}
+    path.write_text(json.dumps({"settings": own, "num_samples": 4, "report": found}) + "\n")
+    reported = Evaluations(a_recipe(tmp_path), "target", path).report(checkpoint, 4)
+    assert reported == Report.model_validate(found)
+    for spoiled_field in ({"seconds": "long"}, {"label": "best"}):
+        path.write_text(json.dumps({"settings": own, "num_samples": 4, "report": found | spoiled_field}) + "\n")
+        (name,) = spoiled_field
+        with pytest.raises(CheckpointError, match=rf"evaluations\.jsonl:1: no result of decoding: {name}: "):
+            Evaluations(a_recipe(tmp_path), "target", path)
 
 
 @EXAMPLES

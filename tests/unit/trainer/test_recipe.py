@@ -364,3 +364,10 @@ def test_error_about_a_url_shows_no_password(tmp_path: Path, override: str) -> N
         load_recipe(path, [override.format(u="redis://me:secret@host:1/0")])
     assert "secret" not in str(refused.value)
     assert "redis://me:***@host" in str(refused.value)
+
+
+def test_evaluator_that_the_targets_gpu_has_no_room_for_is_refused(recipe_file: Path) -> None:
+    said = explain(recipe_file, "evaluation.num_gpus=0.3", "target.num_gpus=0.8")
+    assert "evaluation.num_gpus 0.3, on the target's GPU, of which target.num_gpus 0.8 leaves 0.2" in said
+    for override in ("target.num_gpus=0.7", "target.num_gpus=0", "evaluation.placement=off"):
+        load_recipe(recipe_file, ["evaluation.num_gpus=0.3", override])

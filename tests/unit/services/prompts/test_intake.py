@@ -66,11 +66,16 @@ def test_length_at_the_bounds_is_taken(make_folder, tmp_path):
 def test_first_turns_are_seeded_cut_and_carry_the_generation_prompt(make_folder, tmp_path):
     lines = [chat(f"question {number}", "answer", "more", "yes") for number in range(8)]
     lines.append({"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}]})
+    lines[0] |= {"domain": "math"}
+    lines[1] |= {"domain": 7}
     _, conversations, encoder, _ = setup(make_folder, tmp_path, lines)
     turns = [encoder.encode_prompt([{"role": "user", "content": f"question {number}"}]) for number in range(8)]
 
     def take(count: int, seed: int = 1, max_length: int = 100) -> list[list[int]]:
-        return first_turns(conversations, encoder, count=count, seed=seed, max_length=max_length)
+        prompts = first_turns(conversations, encoder, count=count, seed=seed, max_length=max_length)
+        assert all((prompt.domain == "math") == (prompt.token_ids == turns[0]) for prompt in prompts)
+        assert {prompt.domain for prompt in prompts} <= {"math", "all"}
+        return [prompt.token_ids for prompt in prompts]
 
     assert sorted(take(99)) == sorted(turns)
     assert take(3) == take(99)[:3]

@@ -54,6 +54,11 @@ EVALUATION = {
     "accepted_length": 2.5,
     "interval": [2.25, 2.75],
     "accept_rate": [0.75, 0.5],
+    "cond_accept_rate": [0.75, None],
+    "domains": {
+        "math": {"accepted_length": 2.75, "accept_rate": [0.25]},
+        "code": {"accepted_length": None, "accept_rate": []},
+    },
     "lossless": True,
 }
 
@@ -99,6 +104,9 @@ def test_figures_have_the_names_that_people_look_for(tmp_path: Path) -> None:
         "eval/accepted_length_high": [(2, 2.75)],
         "eval/accept_rate/0": [(2, 0.75)],
         "eval/accept_rate/1": [(2, 0.5)],
+        "eval/cond_accept_rate/0": [(2, 0.75)],
+        "eval/domains/math/accepted_length": [(2, 2.75)],
+        "eval/domains/math/accept_rate/0": [(2, 0.25)],
     }
     assert {tag: series(events, tag) for tag in events.Tags()["scalars"]} == expected
     assert [event.wall_time for event in events.Scalars("train/loss")] == [101.0, 102.0]
