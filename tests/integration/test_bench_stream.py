@@ -12,7 +12,7 @@ from trainer.bench.stream import Way, choose_ways, measure_stream
 from trainer.bench.stream_parts import SampleShape
 
 SMALL = SampleShape(num_tokens=64, layer_ids=(0, 1), hidden_size=32)
-WAYS = [Way("redis", "bf16", 1), Way("redis", "fp8_e4m3", 2)]
+WAYS = [Way("redis", "bf16", 1), Way("redis", "fp8_e4m3", 2), Way("shm", "bf16", 2)]
 
 
 def ignore(news: str) -> None:

@@ -226,12 +226,14 @@ class StreamBench:
         shape = self._shape
         signature = synthetic_signature(shape.layer_ids, shape.hidden_size, way.wire_dtype)
         capacity_bytes = SAMPLES_IN_BUFFER * signature.reserved_bytes(synthetic_job(0, shape.num_tokens))
-        config = ReplayConfig.model_validate({"capacity": capacity_bytes, "wire_dtype": way.wire_dtype, "pulls": PULLS})
+        config = ReplayConfig.model_validate(
+            {"capacity": capacity_bytes, "wire_dtype": way.wire_dtype, "pulls": PULLS, "shards": way.shards}
+        )
         prefix = f"slipstream:bench-{next(self._captures)}"
         urls = [redis.url for redis in self._redis[: way.shards]]
         with contextlib.ExitStack() as stack:
             if way.tier == "shm":
-                arenas = [stack.enter_context(Arena(config.capacity // way.shards)) for _ in urls]
+                arenas = [stack.enter_context(Arena(config.shard_capacity)) for _ in urls]
                 urls = [with_arena(url, arena.place.text) for url, arena in zip(urls, arenas, strict=True)]
             reader = ReplayReader(urls, prefix, signature)
             stack.callback(reader.close)
@@ -241,11 +243,9 @@ class StreamBench:
             pids |= {"shard": [shard.pid for shard in self._shards[: way.shards]], "redis": []}
             for link, shard, url in zip(links, self._shards, urls, strict=False):
                 stack.callback(link.table.destroy)
-                link.table.create(
-                    config.capacity // way.shards, signature, config.reuse, config.rate_limiter, config.sampling
-                )
+                link.table.create(config.shard_capacity, signature, config.reuse, config.rate_limiter, config.sampling)
                 link.registry.publish([self._address], time.time())
-                shard.orders.send(FillOrder(url, prefix, config, signature))
+                shard.orders.send(FillOrder(url, prefix, config.of_one_shard(), signature))
                 stack.callback(shard.orders.recv)
                 stack.callback(shard.orders.send, StopOrder())
                 pids["redis"].append(_redis_pid(link.client))
