@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from types import TracebackType
-from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,63 +13,27 @@ from evaluation.compare.comparison import Comparison
 from evaluation.compare.match import PLAIN
 from evaluation.compare.report import difference_text, group_name, millions, number, percent, verdict, with_interval
 from evaluation.records import PlainRecord, SampleRecord
-from trainer.console import PLAIN_INTERVAL_S
+from trainer.decoding_progress import DecodingProgress
 
 
-class CompareDisplay:
-    """A progress bar on a terminal, elsewhere a line every few seconds; a context manager.
-
-    Args:
-        console: Where to.
-    """
+class CompareDisplay(DecodingProgress):
+    """Progress over all drafters."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar = self._progress.add_task("loading", total=None)
+        super().__init__(console)
         self._tokens: defaultdict[str, int] = defaultdict(int)
         self._rounds: defaultdict[str, int] = defaultdict(int)
-        self._done = 0
-        self._total = 0
-        self._next_line_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def begin(self, num_done: int, num_in_all: int) -> None:
         """So many records are there already, of so many."""
-        self._done, self._total = num_done, num_in_all
-        if 0 < num_done < num_in_all:
-            self._console.print(f"going on: {num_done} of {num_in_all} records are there", soft_wrap=True)
-        self._progress.update(self._bar, total=num_in_all, completed=num_done)
+        self.restart(num_done, num_in_all, where=" where it stopped")
 
     def on_record(self, label: str, record: SampleRecord | PlainRecord) -> None:
         """Show one more."""
-        self._done += 1
         if isinstance(record, SampleRecord):
             self._tokens[label] += sum(record.accepted_lengths)
             self._rounds[label] += len(record.accepted_lengths)
-        text = f"{record.task}, {'no drafter' if label == PLAIN else label}{self._so_far()}"
-        self._progress.update(self._bar, completed=self._done, description=text)
-        if not self._console.is_terminal and time.monotonic() >= self._next_line_s:
-            self._next_line_s = time.monotonic() + PLAIN_INTERVAL_S
-            self._console.print(f"{self._done}/{self._total} · {text}", soft_wrap=True)
+        self.one_more(f"{record.task}, {'no drafter' if label == PLAIN else label}{self._so_far()}")
 
     def _so_far(self) -> str:
         found = [f"{label} {self._tokens[label] / rounds:.2f}" for label, rounds in self._rounds.items() if rounds]

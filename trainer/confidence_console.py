@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
-from typing import Self
-
-from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from evaluation.confidence.study import Study
-from trainer.console import PLAIN_INTERVAL_S
+from trainer.decoding_progress import DecodingProgress
 
 NOTHING = "–"
 
 
-class StudyDisplay:
-    """A progress bar for each stage on a terminal, elsewhere a line every few seconds; a context manager.
-
-    Args:
-        console: Where to.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar = self._progress.add_task("loading", total=None)
-        self._stage, self._done, self._total = "", 0, 0
-        self._next_line_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+class StudyDisplay(DecodingProgress):
+    """A bar for each stage."""
 
     def begin(self, stage: str, num_done: int, num_in_all: int) -> None:
         """A stage begins, or goes on."""
-        self._stage, self._done, self._total = stage, num_done, num_in_all
-        self._progress.reset(self._bar, total=num_in_all, completed=num_done, description=stage)
+        self.restart(num_done, num_in_all, stage)
 
     def advance(self) -> None:
         """One more of the stage is done."""
-        self._done += 1
-        self._progress.update(self._bar, completed=self._done)
-        if not self._console.is_terminal and time.monotonic() >= self._next_line_s:
-            self._next_line_s = time.monotonic() + PLAIN_INTERVAL_S
-            self._console.print(f"{self._stage}: {self._done}/{self._total}", soft_wrap=True)
+        self.one_more()
 
 
 def study_tables(study: Study) -> Group:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from evaluation.records import PlainRecord, RecordLog, SampleRecord
 from evaluation.results import Figures, Results
 from evaluation.session import Session
-from trainer.console import PLAIN_INTERVAL_S
+from trainer.decoding_progress import DecodingProgress
 
 NOTHING = "–"
 
@@ -24,64 +20,26 @@ SHOWN_POSITIONS = 3
 """Positions of a draft whose acceptance the table has; the files have all."""
 
 
-class EvaluationDisplay:
-    """A progress bar on a terminal, elsewhere a line every few seconds; a context manager.
-
-    Args:
-        console: Where to.
-    """
+class EvaluationDisplay(DecodingProgress):
+    """Progress over all tasks."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._bar = self._progress.add_task("loading", total=None)
+        super().__init__(console)
         self._tokens: defaultdict[str, int] = defaultdict(int)
         self._rounds: defaultdict[str, int] = defaultdict(int)
-        self._done = 0
-        self._total = 0
-        self._next_line_s = 0.0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def begin(self, log: RecordLog, num_left: int) -> None:
         """Take in what is decoded already; so many records are to come."""
         for record in log.samples.values():
             self._count(record)
-        self._done = len(log.samples) + len(log.plain)
-        self._total = self._done + num_left
-        if self._done and num_left:
-            self._console.print(
-                f"going on in {log.folder}: {self._done} of {self._total} records are there", soft_wrap=True
-            )
-        self._progress.update(self._bar, total=self._total, completed=self._done)
+        num_done = len(log.samples) + len(log.plain)
+        self.restart(num_done, num_done + num_left, where=f" in {log.folder}")
 
     def on_record(self, record: SampleRecord | PlainRecord) -> None:
         """Show one more."""
-        self._done += 1
         if isinstance(record, SampleRecord):
             self._count(record)
-        text = self.line(record.task)
-        self._progress.update(self._bar, completed=self._done, description=text)
-        if not self._console.is_terminal and time.monotonic() >= self._next_line_s:
-            self._next_line_s = time.monotonic() + PLAIN_INTERVAL_S
-            self._console.print(f"{self._done}/{self._total} · {text}", soft_wrap=True)
+        self.one_more(self.line(record.task))
 
     def line(self, task: str) -> str:
         """τ so far, of a task and of all."""

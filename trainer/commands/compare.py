@@ -6,11 +6,25 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from trainer.commands.options import JsonOption, choose_device, fail, hardware_of
+from trainer.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    NoSpeedupOption,
+    PromptsOption,
+    TasksDirOption,
+    TasksOption,
+    TemperatureOption,
+    ThinkingOption,
+    choose_device,
+    fail,
+    hardware_of,
+)
 
 
 def compare(
@@ -19,34 +33,18 @@ def compare(
         list[Path] | None,
         typer.Argument(metavar="D1 D2 …", help="Checkpoints in the native format: step_<N> folders, or released ones."),
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks, with commas between; all nine by default. docs/evaluation.md lists them.")
-    ] = None,
-    prompts: Annotated[
-        list[Path] | None, typer.Option(help="JSONL file of conversations or `turns`, a task. May be repeated.")
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Folder with a JSONL file a task, so that nothing is downloaded."
-        ),
-    ] = None,
+    tasks: TasksOption = None,
+    prompts: PromptsOption = None,
+    tasks_dir: TasksDirOption = None,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Most samples of each task.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; published figures have 1.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a sample grows by.")] = 2048,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Chat template in its thinking mode.")] = False,
+    temperature: TemperatureOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 2048,
+    thinking: ThinkingOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto is bfloat16 on GPUs, float32 on CPUs."),
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; torch's choice by default.")] = None,
-    no_speedup: Annotated[
-        bool, typer.Option("--no-speedup", help="Leave out decoding by the target alone, which takes the longest.")
-    ] = False,
+    no_speedup: NoSpeedupOption = False,
     other_target: Annotated[
         bool, typer.Option("--other-target", help="Compare drafters that were trained with another target, too.")
     ] = False,

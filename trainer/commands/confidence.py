@@ -6,11 +6,24 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
-from trainer.commands.options import JsonOption, choose_device, fail, hardware_of
+from trainer.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    PromptsOption,
+    TasksDirOption,
+    TasksOption,
+    TemperatureOption,
+    ThinkingOption,
+    choose_device,
+    fail,
+    hardware_of,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -23,23 +36,14 @@ def confidence(
     output_dir: Annotated[
         Path, typer.Option("--output-dir", help="Where records and figures go. What is there is gone on with.")
     ],
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks, with commas between; all nine by default. docs/evaluation.md lists them.")
-    ] = None,
-    prompts: Annotated[
-        list[Path] | None, typer.Option(help="JSONL file of conversations or `turns`, a task. May be repeated.")
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="Folder with a JSONL file a task, so that nothing is downloaded."
-        ),
-    ] = None,
+    tasks: TasksOption = None,
+    prompts: PromptsOption = None,
+    tasks_dir: TasksDirOption = None,
     max_samples: Annotated[
         int, typer.Option(min=2, help="Most samples of each task; half of them are fitted on.")
     ] = 32,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; published figures have 1.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens a sample grows by.")] = 2048,
+    temperature: TemperatureOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 2048,
     thresholds: Annotated[
         str, typer.Option(help="Confidence thresholds of the sweep, with commas between.")
     ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
@@ -52,15 +56,10 @@ def confidence(
     no_save: Annotated[
         bool, typer.Option("--no-save", help="Leave the drafter's folder as it is: temperatures go to the output only.")
     ] = False,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Chat template in its thinking mode.")] = False,
+    thinking: ThinkingOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples decoded at once.")] = 16,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto is bfloat16 on GPUs, float32 on CPUs."),
-    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; torch's choice by default.")] = None,
     other_target: Annotated[
         bool, typer.Option("--other-target", help="Measure a drafter that was trained with another target, too.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -20,6 +21,28 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that replace the recipe's: trainer.max_steps=100."),
+]
+
+
+TasksOption = Annotated[
+    str | None, typer.Option(help="Tasks, with commas between; all nine by default. docs/evaluation.md lists them.")
+]
+PromptsOption = Annotated[
+    list[Path] | None, typer.Option(help="JSONL file of conversations or `turns`, a task. May be repeated.")
+]
+TasksDirOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="Folder with a JSONL file a task, so that nothing is downloaded."),
+]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy; published figures have 1.")]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Most tokens a sample grows by.")]
+ThinkingOption = Annotated[bool, typer.Option("--thinking", help="Chat template in its thinking mode.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is bfloat16 on GPUs, float32 on CPUs.")
+]
+NoSpeedupOption = Annotated[
+    bool, typer.Option("--no-speedup", help="Leave out decoding by the target alone, which takes the longest.")
 ]
 
 
