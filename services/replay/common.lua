@@ -59,6 +59,24 @@ local function drop_chunks(capture)
   end
 end
 
+-- Whether an attempt may store a chunk of so many bytes. Returns a refusal, or nil, the bytes and the number of chunks
+-- that it then has stored, and the attempt as it is kept.
+local function check_chunk(capture, attempt, index, num_bytes)
+  local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks', 'stored',
+    'size:' .. index)
+  if fields[1] ~= 'inserting' or tonumber(fields[2]) ~= tonumber(attempt) then
+    return { 'STALE', fields[1] or 'gone', fields[2] or '' }
+  end
+  if index > tonumber(fields[4]) then
+    return { 'GAP', fields[4] }
+  end
+  local stored = tonumber(fields[5]) - tonumber(fields[6] or 0) + tonumber(num_bytes)
+  if stored > tonumber(fields[3]) then
+    return { 'OVERFLOW', stored, fields[3] }
+  end
+  return nil, stored, math.max(tonumber(fields[4]), index + 1), fields[2]
+end
+
 local function count(name, number)
   return redis.call('HINCRBY', key('table'), name, string.format('%d', number))
 end
