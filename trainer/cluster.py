@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,8 @@ def result_of(future: Any, what: str, *, timeout_s: float | None = None) -> Any:
 def _deferred(cls: type) -> type:
     """The class, constructed by `begin`: what a constructor raises inside Ray comes back as a text only.
 
-    An actor that Ray restarts waits for `begin` again, and says so to whoever asks it anything before.
+    An actor that Ray restarts waits for `begin` again, and says so to whoever asks it anything before. A `begin` that
+    was under way when the process died may reach the new one beside the driver's next: the first of them counts.
     """
 
     def missing(self: Any, name: str) -> Any:
@@ -207,9 +209,16 @@ def _deferred(cls: type) -> type:
 
     def wait(self: Any) -> None:
         """Nothing yet: the actor's process runs, and that is all that being placed means."""
+        self._beginning = threading.Lock()
+        self._has_begun = False
 
-    construct = cls.__init__  # type: ignore[misc]  # that very one
-    return type(cls.__name__, (cls,), {"__init__": wait, "begin": construct, "__getattr__": missing})
+    def begin(self: Any, *args: Any) -> None:
+        with self._beginning:
+            if not self._has_begun:
+                cls.__init__(self, *args)  # type: ignore[misc]  # that very one
+                self._has_begun = True
+
+    return type(cls.__name__, (cls,), {"__init__": wait, "begin": begin, "__getattr__": missing})
 
 
 def _check_placed(unplaced: Sequence[Part]) -> None:

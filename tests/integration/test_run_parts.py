@@ -68,6 +68,24 @@ def test_part_answers_once_it_has_started(part_class: type) -> None:
     assert result_of(part.actor.half.remote(), "the part", timeout_s=DEADLINE_S) == 3
 
 
+def test_part_begins_once_even_if_told_so_twice_at_the_same_time() -> None:
+    class Slow:
+        num_begun = 0
+
+        def __init__(self) -> None:
+            self.num_begun += 1
+            time.sleep(0.5)
+
+        def count(self) -> int:
+            return self.num_begun
+
+    part = start_part(Slow, max_concurrency=3)
+    second = part.actor.begin.remote()
+    wait_started([part])
+    result_of(second, "the part", timeout_s=DEADLINE_S)
+    assert result_of(part.actor.count.remote(), "the part", timeout_s=DEADLINE_S) == 1
+
+
 def test_error_of_a_constructor_comes_as_it_was_raised(part_class: type) -> None:
     with pytest.raises(PromptError, match=r"^3 is odd$"):
         wait_started([start_part(part_class, 2), start_part(part_class, 3)])
