@@ -20,6 +20,7 @@ import torch
 from drafters.config import DrafterConfig
 from drafters.registry import find_algorithm
 from services.contracts import CaptureJob, LastRows, Sample, SampleLease, StepLease, StepReport
+from trainer.draft_vocabulary import FILE, DraftVocabulary
 from trainer.recipe import Recipe
 
 NUM_LAYERS, HIDDEN, VOCAB = 6, 16, 48
@@ -48,6 +49,9 @@ DRAFTERS: dict[str, dict[str, Any]] = {
         "draft_vocab_size": VOCAB // 2,
     },
 }
+KEPT = tuple(range(1, VOCAB, 2))
+"""Tokens that eagle3_cut drafts."""
+
 DEADLINE_S = 120.0
 
 
@@ -307,6 +311,12 @@ def fork_context() -> Any:
         os.environ.clear()
         os.environ.update(before)
     return context
+
+
+def keep_vocabulary(output_dir: Path) -> None:
+    """Write the draft vocabulary of a run, as its driver would: every second token."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / FILE).write_text(DraftVocabulary(tokens=KEPT).model_dump_json())
 
 
 def train_group(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from rank_group import VOCAB, losses_of, make_recipe, save_target, train_group
+from rank_group import KEPT, keep_vocabulary, losses_of, make_recipe, save_target, train_group
 
 from drafters import load_drafter
 from services.errors import CheckpointError
 from trainer.draft_vocabulary import FILE
 
-KEPT = tuple(range(1, VOCAB, 2))
 STEPS = 4
 
 
 def test_two_ranks_train_and_resume_over_a_cut_vocabulary(tmp_path: Path) -> None:
     target, output_dir = save_target(tmp_path / "target"), tmp_path / "run"
-    output_dir.mkdir()
-    (output_dir / FILE).write_text(json.dumps({"tokens": KEPT}))
+    keep_vocabulary(output_dir)
     settings = {"world_size": 2, "micro_batch_size": 2, "checkpoint_every": 2, "zero_stage": 1, "precision": "bf16"}
     train_group(make_recipe(target, output_dir, "eagle3_cut", max_steps=2, **settings))
     resumed = make_recipe(target, output_dir, "eagle3_cut", max_steps=STEPS, **settings)

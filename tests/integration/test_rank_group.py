@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+from own_ray import start_ray
 from waiting import wait_until
 
 from services.errors import NotBegunError, PartDiedError
@@ -44,7 +45,7 @@ class StandInRank:
 def cluster() -> Iterator[None]:
     here = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import a test
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=2)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(here)

@@ -43,14 +43,12 @@ GENEROUS_S = 30.0
 def own_ray() -> Iterator[None]:
     """A cluster of this file's own: its tests kill actors."""
     import ray
+    from own_ray import start_ray
 
-    ray.init(
-        address="local",
+    start_ray(
         num_cpus=1,
         num_gpus=0,
         object_store_memory=80 * 1024**2,
-        include_dashboard=False,
-        log_to_driver=False,
     )
     yield
     ray.shutdown()

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from rank_group import DRAFTERS, losses_of, make_recipe, save_target, train_group, weights_of
+from rank_group import DRAFTERS, keep_vocabulary, losses_of, make_recipe, save_target, train_group, weights_of
 
 COMPILERS = {"g++", "gcc", "c++", "cc", "cc1plus", "ninja", "nvcc", "ld", "clang"}
 
@@ -55,6 +55,9 @@ def test_two_ranks_train_what_one_rank_trains(target_folder: Path, tmp_path: Pat
     # One micro-batch of 8 rows, or two ranks with 4 rows each: the same samples, the same global denominators.
     one = make_recipe(target_folder, tmp_path / "one", drafter, micro_batch_size=8)
     two = make_recipe(target_folder, tmp_path / "two", drafter, micro_batch_size=4, world_size=2)
+    for recipe in (one, two):
+        if recipe.drafter.draft_vocab_size:
+            keep_vocabulary(recipe.output_dir)
     train_group(one)
     results = train_group(two)
     for step, loss in losses_of(one.output_dir).items():
