@@ -196,7 +196,7 @@ def test_terminal_shows_progress_and_tables(tmp_path: Path):
             display.on_record(PLAIN, plain_record("mbpp", 0, 2.0, 4))
         console.print(comparison_tables(comparison()))
         text = console.export_text()
-    assert "going on: 1 of 3 records are there" in text
+    assert "going on where it stopped: 1 of 3 records are there" in text
     assert "2/3 · mbpp, ahead · τ ahead 2.50" in text
     assert "+0.50 (+0.50–+0.50)" in text
     assert "ahead has the longest τ" in text
