@@ -25,7 +25,7 @@ WIRE_VERSION = 2
 TensorName = Literal["context", "last"]
 WireDtype = Literal["bf16", "fp16", "fp32", "fp8_e4m3"]
 
-DEFAULT_CHUNK_BYTES = 2 * 1024**2
+DEFAULT_CHUNK_BYTES = 1024**2
 MAX_CHUNK_BYTES = 4 * 1024**2
 """Usual and largest payload of a chunk: no object on the wire or in Redis is larger."""
 
