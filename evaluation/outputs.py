@@ -13,6 +13,7 @@ from typing import Any
 
 from evaluation.results import Figures, Results
 from evaluation.session import Session
+from services.files import replace_text
 
 RESULTS_JSON = "results.json"
 RESULTS_CSV = "results.csv"
@@ -40,8 +41,8 @@ def as_json(session: Session, results: Results, warnings: Sequence[str], folder:
 def write_outputs(session: Session, results: Results, warnings: Sequence[str], folder: Path) -> None:
     """Write all files; those of an earlier time are replaced."""
     text = json.dumps(as_json(session, results, warnings, folder), indent=2)
-    _replace(folder / RESULTS_JSON, text + "\n")
-    _replace(folder / RESULTS_CSV, as_csv(results))
+    replace_text(folder / RESULTS_JSON, text + "\n")
+    replace_text(folder / RESULTS_CSV, as_csv(results))
     _write_tensorboard(folder / TENSORBOARD, results)
 
 
@@ -101,9 +102,3 @@ def _write_tensorboard(folder: Path, results: Results) -> None:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
         writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
     writer.close()
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

@@ -23,6 +23,7 @@ from evaluation.timing import Timing
 from services.append_log import open_append_log
 from services.contracts import Record
 from services.errors import OutputDirError
+from services.files import SUFFIX, replace_text
 from services.reading import first_fault, read_json
 
 SETTINGS_FILE = "evaluation.json"
@@ -207,13 +208,11 @@ def _claim_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        if others := sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(".new")):
+        if others := sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(SUFFIX)):
             raise OutputDirError(
                 f"{folder} holds files that are no evaluation ({', '.join(others[:3])}): choose another --output-dir"
             )
-        new = path.with_name(f"{SETTINGS_FILE}.new")
-        new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         saved = read_json(path.read_bytes())

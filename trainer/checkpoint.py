@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from services.errors import CheckpointError
+from services.files import fsync
 
 LATEST = "step_latest"
 BEST = "step_best"
@@ -149,7 +150,7 @@ def publish(output_dir: Path, step: int, *, latest: bool = True) -> Path:
     """
     partial, checkpoint = partial_path(output_dir, step), checkpoint_path(output_dir, step)
     for path in _tree(partial):
-        _fsync(path)
+        fsync(path)
     if checkpoint.exists():
         with _lock(output_dir):
             if _pointed_to(output_dir, BEST) == checkpoint:
@@ -160,7 +161,7 @@ def publish(output_dir: Path, step: int, *, latest: bool = True) -> Path:
         shutil.rmtree(replaced)
     else:
         partial.rename(checkpoint)
-    _fsync(output_dir)
+    fsync(output_dir)
     if latest:
         _point(output_dir, LATEST, checkpoint)
     return checkpoint
@@ -202,7 +203,7 @@ def _point(output_dir: Path, link: str, checkpoint: Path) -> None:
     new_link.unlink(missing_ok=True)
     new_link.symlink_to(checkpoint.name)
     new_link.replace(output_dir / link)
-    _fsync(output_dir)
+    fsync(output_dir)
 
 
 def _replaced_path(checkpoint: Path) -> Path:
@@ -225,11 +226,3 @@ def _tree(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder, topdown=False):
         yield from (Path(root, name) for name in names)
         yield Path(root)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from drafters.vocabulary import check_tokens, most_frequent, share_of
 from services.contracts import Record
 from services.errors import CheckpointError, RecipeError
+from services.files import replace_text
 from services.models import read_shape
 from services.prompts.token_counts import TokenCounts, count_answer_tokens
 from services.reading import first_fault
 from services.stop_tokens import find_stop_token_ids
-from trainer.output import replace_text
 from trainer.recipe import Recipe
 
 FILE = "draft_vocabulary.json"

@@ -15,12 +15,12 @@ from evaluation.report import Report
 from evaluation.weights import weights_digest
 from services.contracts import HeldoutPrompt, Record
 from services.errors import CheckpointError
+from services.files import replace_text
 from services.logs import LogPlace
 from services.placement import SMALLEST_AMOUNT, Ask
 from services.reading import first_fault, read_json
 from trainer.checkpoint import checkpoint_step, hold, let_go, mark_best
 from trainer.cluster import Part, check_fits, result_of, start_part, wait_started
-from trainer.output import replace_text
 from trainer.recipe import Recipe
 
 HOW = {"num_gpus", "threads", "batch_size", "placement", "every", "during_samples", "wait_s", "max_samples"}

@@ -30,6 +30,7 @@ from services.errors import (
     StoppedError,
     TargetError,
 )
+from services.files import replace_text
 from services.logs import EventLog, process_log
 from services.placement import address_for_others, this_node
 from services.prompts.coordinator import Progress
@@ -48,7 +49,7 @@ from trainer.evaluation_cost import EvaluationCostMeter
 from trainer.evaluations import Evaluations
 from trainer.measuring import Measuring
 from trainer.observer import Observer
-from trainer.output import OutputDir, claim_output_dir, replace_text
+from trainer.output import OutputDir, claim_output_dir
 from trainer.page import own_dashboard
 from trainer.parts import Beginning, Parts
 from trainer.preparation import Preparation, prepare

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from services.errors import OutputDirError
+from services.files import fsync
 
 
 def check_new_folder(folder: Path, *, force: bool, ours: Collection[str]) -> None:
@@ -57,22 +57,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            fsync(path)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         partial.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise OutputDirError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.errors import OutputDirError
+from services.files import SUFFIX, replace_text
 from services.logs import LogPlace
 from services.reading import first_fault, read_json
 from trainer.recipe import Recipe
@@ -189,15 +190,8 @@ def _write_record(record: Path, content: _Record) -> None:
     replace_text(record, content.model_dump_json(indent=2) + "\n")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file; whoever reads it, also after a crash, finds the old text or the new one."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def _refuse_foreign(path: Path) -> None:
-    if {entry.name for entry in path.iterdir()} - {LOCK, f"{RECORD}.new"}:
+    if {entry.name for entry in path.iterdir()} - {LOCK, f"{RECORD}{SUFFIX}"}:
         raise OutputDirError(f"output_dir {path} holds files that are no slipstream run; choose another --output-dir")
 
 

@@ -36,7 +36,7 @@ from services.control.records import (
 from services.control.requests import MOST_REPLIES
 from services.control.wire import pack_reply, pack_status_reply, unpack_request
 from services.errors import OutputDirError, SlipstreamError, StoppedError, UsageError
-from trainer.output import replace_text
+from services.files import replace_text
 
 POST_S = 1.0
 """How often the desk hears how the run is."""

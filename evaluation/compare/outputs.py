@@ -13,6 +13,7 @@ from evaluation.compare.comparison import Comparison
 from evaluation.compare.plots import draw_all
 from evaluation.compare.report import REPORT, write_report
 from evaluation.outputs import groups
+from services.files import replace_text
 
 COMPARISON_JSON = "comparison.json"
 DRAFTERS_CSV = "drafters.csv"
@@ -58,9 +59,9 @@ def as_json(comparison: Comparison, folder: Path) -> dict[str, Any]:
 
 def write_outputs(comparison: Comparison, folder: Path) -> None:
     """Write all files; those of an earlier time are replaced."""
-    _replace(folder / COMPARISON_JSON, json.dumps(as_json(comparison, folder), indent=2) + "\n")
-    _replace(folder / DRAFTERS_CSV, drafters_csv(comparison))
-    _replace(folder / DIFFERENCES_CSV, differences_csv(comparison))
+    replace_text(folder / COMPARISON_JSON, json.dumps(as_json(comparison, folder), indent=2) + "\n")
+    replace_text(folder / DRAFTERS_CSV, drafters_csv(comparison))
+    replace_text(folder / DIFFERENCES_CSV, differences_csv(comparison))
     draw_all(comparison, folder)
     write_report(comparison, folder)
 
@@ -112,9 +113,3 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     writer.writerow(head)
     writer.writerows(["" if value is None else value for value in row] for row in rows)
     return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.compare.comparison import Comparison, Group, Standing
 from evaluation.timing import PHASES, Timing
+from services.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +51,8 @@ def draw_all(comparison: Comparison, folder: Path) -> list[str]:
         TIMES_PNG: _times(comparison),
     }
     for name, figure in figures.items():
-        new = folder / f"{name}.new"
-        figure.savefig(new, dpi=DOTS_PER_INCH, format="png")
-        new.replace(folder / name)
+        with replacing(folder / name) as new:
+            figure.savefig(new, dpi=DOTS_PER_INCH, format="png")
     return list(figures)
 
 

@@ -10,6 +10,7 @@ from evaluation.compare.comparison import Comparison, Group, Standing
 from evaluation.compare.paired import PairedDifference
 from evaluation.compare.plots import ACCEPTANCE_PNG, ENOUGH_ROUNDS, LENGTHS_PNG, TIMES_PNG
 from evaluation.results import Figures
+from services.files import replace_text
 
 REPORT = "report.md"
 NOTHING = "–"
@@ -251,7 +252,5 @@ def _and(names: Sequence[str]) -> str:
 def write_report(comparison: Comparison, folder: Path) -> Path:
     """Write the page; its pictures are drawn by `evaluation.compare.plots.draw_all`."""
     path = folder / REPORT
-    new = path.with_name(f"{REPORT}.new")
-    new.write_text(markdown(comparison), encoding="utf-8")
-    new.replace(path)
+    replace_text(path, markdown(comparison))
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.confidence.calibration import ECE_BINS, SlotCalibration
+from services.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,9 +53,8 @@ def write_diagrams(
     figure.supylabel("part that survived", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * num_columns), frameon=False, fontsize=9)
-    new = path.with_name(f"{path.name}.new")
-    figure.savefig(new, dpi=DOTS_PER_INCH, format="png")
-    new.replace(path)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=DOTS_PER_INCH, format="png")
 
 
 def _draw(panel: Axes, before: SlotCalibration, after: SlotCalibration) -> None:

@@ -29,6 +29,7 @@ from evaluation.session import HOW, Decode, Session, run
 from evaluation.work import BATCHES_A_PIECE
 from services.contracts import Record
 from services.errors import CheckpointError, PromptError
+from services.files import replace_text
 from services.reading import first_fault, read_json
 
 STUDY_JSON = "confidence.json"
@@ -187,9 +188,7 @@ def run_study(
         warnings=session.warnings,
         saved_to=saved_to,
     )
-    new = folder / f"{STUDY_JSON}.new"
-    new.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    new.replace(folder / STUDY_JSON)
+    replace_text(folder / STUDY_JSON, study.model_dump_json(indent=2) + "\n")
     title = (
         f"{Path(study.drafter).name}: {study.num_rounds_judged:,} rounds at temperature {study.decoding_temperature:g}"
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from services.errors import CheckpointError
+from services.files import fsync, replacing
 
 ATTEMPTS_A_LIFE = 1000
 """Attempts of life n are n · 1000 and up: a capture is given up long before the next life's numbers."""
@@ -31,10 +31,7 @@ def count_life(path: Path) -> int:
             "coordinator. Write one into it that is above them, such as 1000"
         )
     life = int(number)
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w") as file:
-        file.write(f"{life + 1}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with replacing(path) as new:
+        new.write_text(f"{life + 1}\n", encoding="utf-8")
+        fsync(new)
     return life

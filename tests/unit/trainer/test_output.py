@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from services.errors import OutputDirError
-from trainer.output import claim_output_dir, replace_text
+from services.files import replace_text
+from trainer.output import claim_output_dir
 from trainer.recipe import Recipe
 
 HOLDER = """
