@@ -4,13 +4,15 @@ The replay shard is the only writer and gives away the space; it holds a lock be
 that takes over waits until the kernel has seen the one before it dead. Metadata, leases and byte accounting are those
 of every table: where a chunk lies is a field of its sample's record, and a transition that ends a sample notes its
 extents in a list (`P:freed`), from which the writer takes them back. A chunk is first copied, then recorded, so the
-index never names bytes that are not there. Until it is copied, its space belongs to the thread that copies, which
-alone gives it back: nobody can give it away under its hands, whatever becomes of the sample.
+index never names bytes that are not there; chunks are recorded many at a time, with one script. Until then its space
+belongs to the thread that copies, which alone gives it back: nobody can give it away under its hands, whatever becomes
+of the sample.
 
 **The index can be lost, and so can an answer of it.** Taking the index over (`arena_adopt`) is one script: it sets
 the writer's token, drops the list and returns the extents of all samples. Records under an earlier token are refused,
-so what was sent before and arrives later changes nothing, and no extent is freed twice. A writer that does not know
-whether the index heard it takes it over anew before it claims again. A Redis that restarted empty has no token.
+so what was sent before and arrives later changes nothing, and no extent is freed twice; a capture whose record came too
+late is made again. A writer that does not know whether the index heard it takes it over anew before it claims again. A
+Redis that restarted empty has no token.
 
 **No reader trains on bytes that were overwritten.** Two rules hold, each of which is enough to keep that from
 happening:
@@ -41,7 +43,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import redis
@@ -49,12 +52,12 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer, override
 
 from services.contracts import CaptureJob
-from services.errors import ReplayError, ReplayUnavailableError, TableLostError
+from services.errors import ReplayError, ReplayUnavailableError, TableLostError, UnknownSampleError, WireError
 from services.replay import range_locks, refusals
 from services.replay.arena import ArenaPlace, open_arena
 from services.replay.arena_space import ArenaSpace
 from services.replay.extents import Extent, Extents, joined, pack, unpack_sample
-from services.replay.scripts import Reply, Scripts
+from services.replay.scripts import Scripts
 from services.replay.store import ChunkReader, ChunkStore, ChunkWriter
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,10 @@ TAKE_OVER_S = 30.0
 
 TAKE_OVER_POLL_S = 0.05
 SPACE_POLL_S = 0.01
+MOST_UNRECORDED_BYTES = 16 * 1024**2
+MOST_UNRECORDED_CHUNKS = 256
+"""How far a writer runs ahead of the index: so soon does it notice that its attempt was replaced."""
+
 COMPLAIN_S = 10.0
 """A writer that waits so long for space says what for."""
 
@@ -113,7 +120,12 @@ class ArenaStore(ChunkStore):
         with self._lock:
             if self._writer is None:
                 self._writer = _Owner(self._scripts, self._place, self._tell, self._stopping)
-        yield _Writer(self._writer, job)
+        writer = _Writer(self._writer, job)
+        try:
+            yield writer
+            writer.flush()
+        finally:
+            writer.give_up()
 
     @override
     def read_into(self, job: CaptureJob, index: int, place: Buffer) -> None:
@@ -175,18 +187,53 @@ class _Reader(ChunkReader):
             offset += end - start
 
 
+@dataclass(frozen=True)
+class _Copied:
+    """A chunk that lies in the arena, and of which the index does not know yet."""
+
+    index: int
+    num_bytes: int
+    claim: Extents
+
+
 class _Writer(ChunkWriter):
+    """Copies chunks at once, and has them recorded together."""
+
     def __init__(self, owner: _Owner, job: CaptureJob) -> None:
         self._owner = owner
         self._job = job
+        self._copied: list[_Copied] = []
+        self._copied_bytes = 0
+        self._has_begun = False
 
     @override
     def write(self, index: int, payload: Buffer) -> None:
-        self._owner.write(self._job, index, np.frombuffer(memoryview(payload).cast("B"), np.uint8))
+        if not self._has_begun:
+            self._owner.begin(self._job)
+            self._has_begun = True
+        source: Bytes = np.frombuffer(memoryview(payload).cast("B"), np.uint8)
+        if self._copied and index <= self._copied[-1].index:
+            self.flush()  # it replaces one of them
+        claim = self._owner.claim(self._job, source.nbytes)
+        if claim is None:
+            self.flush()  # which also tells what was freed
+            claim = self._owner.wait_for_claim(self._job, index, source.nbytes)
+        self._copied.append(_Copied(index, source.nbytes, claim))
+        self._owner.copy(source, claim)
+        self._copied_bytes += source.nbytes
+        if self._copied_bytes >= MOST_UNRECORDED_BYTES or len(self._copied) >= MOST_UNRECORDED_CHUNKS:
+            self.flush()
 
     @override
     def flush(self) -> None:
-        pass  # each chunk is recorded when it is written
+        copied, self._copied, self._copied_bytes = self._copied, [], 0
+        if copied:
+            self._owner.record(self._job, copied)
+
+    def give_up(self) -> None:
+        """Give back the space of what was not recorded."""
+        self._owner.give_back(self._copied)
+        self._copied, self._copied_bytes = [], 0
 
 
 class _Owner:
@@ -211,22 +258,67 @@ class _Owner:
         self._token = ""
         """Of the last taking-over; empty when the index has to be asked anew."""
 
-    def write(self, job: CaptureJob, index: int, payload: Bytes) -> None:
-        """Store one chunk, as `ChunkWriter.write`."""
-        while True:
-            claim = self._claim(job, index, payload.nbytes)
-            try:
-                offset = 0
-                for start, end in claim:
-                    np.copyto(self._bytes[start:end], payload[offset : offset + end - start])
-                    offset += end - start
-            except BaseException:
-                self._space.give_back(claim)
-                raise
-            self._space.copied(claim)
-            if self._record(job, index, payload.nbytes, claim):
-                return
-            # The index was lost or taken over in between, and the claim given away: once more.
+    def begin(self, job: CaptureJob) -> None:
+        """Make sure that an attempt is being inserted, and that the index knows its writer.
+
+        Raises:
+            UnknownSampleError: It is not being inserted.
+        """
+        while self._put(self._current_token(job), job) == "FENCED":
+            pass  # Redis restarted empty, and has the next token
+
+    def claim(self, job: CaptureJob, num_bytes: int) -> Extents | None:
+        """Space for a chunk; None if there is none at the moment."""
+        self._current_token(job)
+        return self._space.claim(num_bytes)
+
+    def wait_for_claim(self, job: CaptureJob, index: int, num_bytes: int) -> Extents:
+        """The same, waiting while readers hold back what the index has freed."""
+        complain_s = time.monotonic() + COMPLAIN_S
+        while (claim := self.claim(job, num_bytes)) is None:
+            self._put(self._current_token(job), job, index, num_bytes, "?")  # a refusal, or what was freed
+            if (claim := self._space.claim(num_bytes)) is not None:
+                break
+            if time.monotonic() >= complain_s:
+                complain_s += COMPLAIN_S
+                self._tell(
+                    f"capture {job.capture} waits for {num_bytes} bytes of shared memory: trainer ranks that have "
+                    f"stopped or are very slow still read {self._space.read_bytes} bytes of freed samples"
+                )
+            if self._stopping.wait(SPACE_POLL_S):
+                raise _closed()
+        return claim
+
+    def copy(self, payload: Bytes, claim: Extents) -> None:
+        """Fill claimed space."""
+        offset = 0
+        for start, end in claim:
+            np.copyto(self._bytes[start:end], payload[offset : offset + end - start])
+            offset += end - start
+
+    def give_back(self, copied: Iterable[_Copied]) -> None:
+        """Have space that is claimed free again."""
+        for chunk in copied:
+            self._space.give_back(chunk.claim)
+
+    def record(self, job: CaptureJob, copied: Sequence[_Copied]) -> None:
+        """Have the index hold chunks, all of them or, with an error, none."""
+        for chunk in copied:
+            self._space.copied(chunk.claim)
+        token = self._current_token(job)
+        arguments = [text for chunk in copied for text in (chunk.index, chunk.num_bytes, pack(chunk.claim))]
+        try:
+            status = self._put(token, job, *arguments)
+        except (WireError, UnknownSampleError):
+            with self._lock:
+                if self._token == token:  # otherwise the taking-over since has found them to be free
+                    self._space.give_up(chunk.claim for chunk in copied)
+            raise
+        if status == "FENCED":
+            raise ReplayUnavailableError(
+                f"the index of the shared-memory arena was taken over anew while capture {job.capture} was on its way: "
+                "the capture is made again"
+            )
 
     def close(self) -> None:
         """Stop being the writer. The mapping ends with its last use."""
@@ -245,60 +337,31 @@ class _Owner:
             if self._stopping.wait(TAKE_OVER_POLL_S):
                 raise _closed()
 
-    def _claim(self, job: CaptureJob, index: int, num_bytes: int) -> Extents:
-        """Space for a chunk, waiting while readers hold back what the index has freed."""
-        complain_s = time.monotonic() + COMPLAIN_S
-        while True:
-            self._current_token(job)
-            if (claim := self._space.claim(num_bytes)) is not None:
-                return claim
-            self._ask(job, index, num_bytes)
-            if (claim := self._space.claim(num_bytes)) is not None:
-                return claim
-            if time.monotonic() >= complain_s:
-                complain_s += COMPLAIN_S
-                self._tell(
-                    f"capture {job.capture} waits for {num_bytes} bytes of shared memory: trainer ranks that have "
-                    f"stopped or are very slow still read {self._space.read_bytes} bytes of freed samples"
-                )
-            if self._stopping.wait(SPACE_POLL_S):
-                raise _closed()
+    def _put(self, token: str, job: CaptureJob, *chunks: int | str) -> str:
+        """Have the index note chunks, or ask whether it would, and take back what was freed.
 
-    def _record(self, job: CaptureJob, index: int, num_bytes: int, copied: Extents) -> bool:
-        """Have the index hold a chunk; False if it has forgotten this writer."""
-        token = self._current_token(job)
-        status, rest = self._put(token, job, index, num_bytes, pack(copied), 1)
-        if status not in ("OK", "FENCED"):
-            with self._lock:
-                if self._token == token:  # otherwise the taking-over since has found them to be free
-                    self._space.give_up([copied])
-        _check_put(job, index, status, rest)
-        return status == "OK"
+        Returns:
+            "OK", or "FENCED" if the index has forgotten this writer.
 
-    def _ask(self, job: CaptureJob, index: int, num_bytes: int) -> None:
-        """Raise what a chunk would be refused with, and take back what was freed."""
-        status, rest = self._put(self._current_token(job), job, index, num_bytes, "", 0)
-        _check_put(job, index, status, rest)
-
-    def _put(
-        self, token: str, job: CaptureJob, index: int, num_bytes: int, extents: str, is_there: int
-    ) -> tuple[str, Reply]:
+        Raises:
+            WireError, UnknownSampleError: It refuses.
+        """
         try:
-            status, rest = self._scripts.run(
-                "arena_put", token, job.capture, job.attempt, index, num_bytes, extents, is_there
-            )
+            status, rest = self._scripts.run("arena_put", token, job.capture, job.attempt, *chunks)
         except BaseException:
             with self._lock:
                 self._token = ""  # whether it was heard, and what was freed, the index knows
             raise
+        if refusal := refusals.refused_chunk(job, status, rest):
+            raise refusal
         with self._lock:
             if self._token == token:
                 if status == "FENCED":
                     self._token = ""
-                elif status == "OK":
+                else:
                     self._space.give_up(chunk for text in rest for chunk in unpack_sample(text.decode()))
             # Otherwise the taking-over since has found what was freed before it.
-        return status, rest
+        return status
 
     def _current_token(self, job: CaptureJob) -> str:
         """The token to record with, after taking the index over if need be."""
@@ -326,16 +389,6 @@ def _map(place: ArenaPlace, flags: int, protection: int) -> Bytes:
         return np.frombuffer(mmap.mmap(descriptor, place.capacity_bytes, prot=protection), np.uint8)
     finally:
         os.close(descriptor)
-
-
-def _check_put(job: CaptureJob, index: int, status: str, rest: Reply) -> None:
-    """Raise what a chunk is refused with."""
-    if status == "OVERFLOW":
-        raise refusals.overflowing_chunk(job, index, int(rest[0]), int(rest[1]))
-    if status == "GAP":
-        raise refusals.missing_chunk(job, index, int(rest[0]))
-    if status == "STALE":
-        raise refusals.stale_attempt(job, rest)
 
 
 def _closed() -> ReplayUnavailableError:

@@ -59,22 +59,32 @@ local function drop_chunks(capture)
   end
 end
 
--- Whether an attempt may store a chunk of so many bytes. Returns a refusal, or nil, the bytes and the number of chunks
--- that it then has stored, and the attempt as it is kept.
-local function check_chunk(capture, attempt, index, num_bytes)
-  local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks', 'stored',
-    'size:' .. index)
+-- What an attempt that is being inserted has stored so far; or nil and a refusal.
+local function stored_by(capture, attempt)
+  local fields = redis.call('HMGET', sample_key(capture), 'state', 'attempt', 'bytes', 'chunks', 'stored')
   if fields[1] ~= 'inserting' or tonumber(fields[2]) ~= tonumber(attempt) then
-    return { 'STALE', fields[1] or 'gone', fields[2] or '' }
+    return nil, { 'STALE', fields[1] or 'gone', fields[2] or '' }
   end
-  if index > tonumber(fields[4]) then
-    return { 'GAP', fields[4] }
+  return {
+    attempt = fields[2],
+    reserved = tonumber(fields[3]),
+    num_chunks = tonumber(fields[4]),
+    num_bytes = tonumber(fields[5]),
+  }
+end
+
+-- Counts one more chunk in it. Returns a refusal, or nil.
+local function add_chunk(stored, capture, index, num_bytes)
+  if index > stored.num_chunks then
+    return { 'GAP', index, stored.num_chunks }
   end
-  local stored = tonumber(fields[5]) - tonumber(fields[6] or 0) + tonumber(num_bytes)
-  if stored > tonumber(fields[3]) then
-    return { 'OVERFLOW', stored, fields[3] }
+  local before = tonumber(redis.call('HGET', sample_key(capture), 'size:' .. index) or 0)
+  stored.num_bytes = stored.num_bytes - before + num_bytes
+  if stored.num_bytes > stored.reserved then
+    return { 'OVERFLOW', index, stored.num_bytes, stored.reserved }
   end
-  return nil, stored, math.max(tonumber(fields[4]), index + 1), fields[2]
+  stored.num_chunks = math.max(stored.num_chunks, index + 1)
+  return nil
 end
 
 local function count(name, number)

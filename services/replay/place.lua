@@ -1,14 +1,16 @@
 -- place: capture, attempt, chunk index, payload bytes
 -- Makes the empty key that the payload is then SET into with XX: a payload that arrives after its sample was freed
 -- finds no key and leaves nothing behind. Answers how many chunks the attempt has now.
-local capture, index = ARGV[1], tonumber(ARGV[3])
-local refusal, stored, num_chunks, attempt = check_chunk(capture, ARGV[2], index, ARGV[4])
+local capture, index, num_bytes = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4])
+local stored, stale = stored_by(capture, ARGV[2])
+local refusal = stale or add_chunk(stored, capture, index, num_bytes)
 if refusal then
   return refusal
 end
-local chunk = chunk_key(capture, attempt, index)
+local chunk = chunk_key(capture, stored.attempt, index)
 if redis.call('EXISTS', chunk) == 0 then
   redis.call('SET', chunk, '')
 end
-redis.call('HSET', sample_key(capture), 'chunks', num_chunks, 'stored', stored, 'size:' .. index, ARGV[4])
-return { 'OK', num_chunks }
+redis.call('HSET', sample_key(capture), 'chunks', stored.num_chunks, 'stored', stored.num_bytes,
+  'size:' .. index, num_bytes)
+return { 'OK', stored.num_chunks }

@@ -88,7 +88,6 @@ class RedisChunkStore(ChunkStore):
 class _Sent:
     """A chunk whose SET is not answered yet, and its `place` neither unless that is said."""
 
-    index: int
     num_bytes: int
     is_placed: bool
 
@@ -118,9 +117,9 @@ class _Writer(ChunkWriter):
                 self._num_chunks = index + 1
             else:
                 self._flush()
-                self._num_chunks = self._ask_place(index, place)
+                self._num_chunks = self._ask_place(place)
                 self._connection.send(pack(fill), 1)
-            self._unanswered.append(_Sent(index, view.nbytes, is_placed=not is_new))
+            self._unanswered.append(_Sent(view.nbytes, is_placed=not is_new))
             self._unanswered_bytes += view.nbytes
             while self._unanswered_bytes > MOST_UNANSWERED_BYTES:
                 self._answer()
@@ -133,14 +132,14 @@ class _Writer(ChunkWriter):
     def _place(self, index: int, num_bytes: int) -> tuple[Argument, ...]:
         return ("EVALSHA", PLACE_SHA, 1, self._prefix, self._job.capture, self._job.attempt, index, num_bytes)
 
-    def _ask_place(self, index: int, place: tuple[Argument, ...]) -> int:
+    def _ask_place(self, place: tuple[Argument, ...]) -> int:
         self._connection.send(pack(place), 1)
         try:
             answer = self._connection.reply()
         except redis.exceptions.NoScriptError:
             self._connection.send(pack(("EVAL", PLACE, *place[2:])), 1)
             answer = self._connection.reply()
-        return self._check_placed(index, answer)
+        return self._check_placed(answer)
 
     def _flush(self) -> None:
         while self._unanswered:
@@ -150,7 +149,7 @@ class _Writer(ChunkWriter):
         sent = self._unanswered.popleft()
         self._unanswered_bytes -= sent.num_bytes
         if not sent.is_placed:
-            self._check_placed(sent.index, self._place_answer())
+            self._check_placed(self._place_answer())
         if self._connection.reply() is None:
             raise refusals.not_being_inserted(self._job, "gone", None)
 
@@ -163,16 +162,12 @@ class _Writer(ChunkWriter):
                 "as SCRIPT FLUSH makes it do: the capture is made again"
             ) from error
 
-    def _check_placed(self, index: int, answer: Reply) -> int:
+    def _check_placed(self, answer: Reply) -> int:
         assert isinstance(answer, list)
         words = [part if isinstance(part, bytes) else b"%d" % part for part in answer if isinstance(part, bytes | int)]
         status, rest = words[0], words[1:]
-        if status == b"OVERFLOW":
-            raise refusals.overflowing_chunk(self._job, index, int(rest[0]), int(rest[1]))
-        if status == b"GAP":
-            raise refusals.missing_chunk(self._job, index, int(rest[0]))
-        if status == b"STALE":
-            raise refusals.stale_attempt(self._job, rest)
+        if refusal := refusals.refused_chunk(self._job, status.decode(), rest):
+            raise refusal
         return int(rest[0])
 
     @contextlib.contextmanager

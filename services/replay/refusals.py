@@ -86,6 +86,17 @@ def stale_attempt(job: CaptureJob, held: Sequence[bytes]) -> UnknownSampleError:
     return not_being_inserted(job, state, int(attempt) if attempt else None)
 
 
+def refused_chunk(job: CaptureJob, status: str, rest: Sequence[bytes]) -> WireError | UnknownSampleError | None:
+    """What a script says of a chunk that it does not take; None if it says something else."""
+    if status == "OVERFLOW":
+        return overflowing_chunk(job, *map(int, rest))
+    if status == "GAP":
+        return missing_chunk(job, *map(int, rest))
+    if status == "STALE":
+        return stale_attempt(job, rest)
+    return None
+
+
 def unreserved_bytes(job: CaptureJob, num_bytes: int, reserved_bytes: int) -> WireError:
     """A sample of more bytes than were reserved."""
     return WireError(f"capture {job.capture}: {num_bytes} bytes were to be committed, {reserved_bytes} are reserved")

@@ -63,6 +63,8 @@ prompts may show whether the target is well."""
 RECONNECT_S = 30.0
 """How long Redis may be away; the supervisor restarts an embedded one within a second."""
 
+RESTARTED_EMPTY = "empty: what it held is captured again"
+
 STORED_VALUE_OVERHEAD_BYTES = 64
 """Redis' header of a value. A payload of a whole power of two would spill into the allocator's next size class."""
 
@@ -138,13 +140,15 @@ class ReplayShard:
     def run(self) -> None:
         """Fill the table until `stop`.
 
-        Jobs that an earlier shard under this prefix had taken go back to the front of the queue first.
+        Jobs that an earlier shard under this prefix had taken go back to the front of the queue first. The driver makes
+        the tables of a run before its shards: where there is none, Redis restarted empty while no shard was there.
 
         Raises:
             SignatureError: The table holds something else.
             ReplayUnavailableError: Redis stayed away for 30 s.
         """
-        self._attach()
+        if self._attach():
+            self._event("redis", f"Redis is back, {RESTARTED_EMPTY}")
         pool = ThreadPoolExecutor(self._config.pulls, thread_name_prefix="pull")
         try:
             while not self._stop.is_set():
@@ -175,7 +179,9 @@ class ReplayShard:
         with self._lock:
             return self._stats.model_copy(update={"num_in_flight": len(self._in_flight)})
 
-    def _attach(self) -> None:
+    def _attach(self) -> bool:
+        """See to it that there is a table; whether there was none."""
+        is_lost = self._table.incarnation() is None
         self._table.create(
             self._config.capacity,
             self._signature,
@@ -188,6 +194,7 @@ class ReplayShard:
         with contextlib.suppress(StaleGenerationError):  # a newer group began just now
             self._table.set_generation(self._generation)
         self._work.expire(math.inf)
+        return is_lost
 
     def _reattach(self, cause: ReplayUnavailableError | TableLostError) -> None:
         """Wait until Redis is back, and make the table anew if it came back empty."""
@@ -195,13 +202,12 @@ class ReplayShard:
         began = time.monotonic()
         while not self._stop.wait(TARGET_POLL_S):
             try:
-                is_lost = self._table.incarnation() is None
-                self._attach()
+                is_lost = self._attach()
             except (ReplayUnavailableError, TableLostError):
                 if time.monotonic() > began + RECONNECT_S:
                     raise
                 continue
-            what = "empty: what it held is captured again" if is_lost else "with all it held"
+            what = RESTARTED_EMPTY if is_lost else "with all it held"
             self._event("redis", f"Redis is back after {time.monotonic() - began:.1f} s, {what}")
             return
 

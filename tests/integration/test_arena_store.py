@@ -29,7 +29,7 @@ from replaying import (
 from waiting import wait_until
 
 from services.contracts import CaptureJob
-from services.errors import ReplayError, ReplayUnavailableError, UnknownSampleError, WireError
+from services.errors import ReplayError, ReplayUnavailableError, TargetUnavailableError, UnknownSampleError, WireError
 from services.replay import arena_store
 from services.replay.arena import Arena, ArenaPlace
 from services.replay.arena_store import ArenaStore
@@ -144,6 +144,15 @@ class Insertion(threading.Thread):
             self._table.commit(store(self._table, self._job), 0.0)
         except Exception as error:
             self.error = error
+
+
+def write_all(table: RedisTable, job: CaptureJob, *payloads: bytes, error: Exception | None = None) -> None:
+    """Store chunks of an attempt, which then breaks off with `error`."""
+    with table.writing(job) as writer:
+        for index, payload in enumerate(payloads):
+            writer.write(index, payload)
+        if error is not None:
+            raise error
 
 
 def waits_for_space(setup: Setup, thread: Insertion, told: list[str]) -> None:
@@ -383,10 +392,90 @@ def test_late_record_of_a_replaced_writer_changes_nothing(setup: Setup) -> None:
     successor = RedisTable(setup.client, "run", chunks=ArenaStore(setup.client, "run", setup.place))
     put_chunk(successor, job, 0, b"a" * 48)
     scripts = setup.table._scripts
-    late = ("arena_put", "token of before", job.capture, job.attempt, 1, 8, "0-8", 1)
+    late = ("arena_put", "token of before", job.capture, job.attempt, 1, 8, "0-8")
     assert scripts.run(*late) == ("FENCED", [])
     assert read_snapshot(setup.client, "run").extents[0] == (Extent(0, 48),)
     successor.close()
+
+
+def test_chunks_of_a_sample_are_recorded_with_one_script(setup: Setup) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    with setup.table.writing(job) as writer:
+        writer.write(0, bytes(48))
+        writer.write(1, bytes(4))
+        assert setup.client.hget("run:sample:0", "chunks") == b"0", "they are copied, not yet recorded"
+        writer.write(1, bytes(8))  # the same chunk again
+        assert setup.client.hget("run:sample:0", "chunks") == b"2"
+    assert setup.client.hget("run:sample:0", "stored") == b"56"
+    setup.table.commit(make_sample(job), 0.0)
+    insert(setup.table, make_job(1))
+    insert(setup.table, make_job(2))  # the arena holds no more: what was replaced is free
+    assert setup.audit() == []
+
+
+def test_many_small_chunks_are_recorded_as_they_come(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_store, "MOST_UNRECORDED_CHUNKS", 5)
+    monkeypatch.setattr(arena_store, "MOST_UNRECORDED_BYTES", 3)
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    with setup.table.writing(job) as writer:
+        for index in range(7):  # the first five without a byte
+            writer.write(index, bytes(index // 5))
+            assert setup.client.hget("run:sample:0", "chunks") == (b"5" if index >= 4 else b"0")
+    assert setup.client.hget("run:sample:0", "chunks") == b"7"
+
+
+def test_chunk_that_is_refused_takes_those_recorded_with_it_along(setup: Setup) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    with pytest.raises(WireError, match="chunk 1 brings it to 57 bytes, 56 are reserved"):
+        write_all(setup.table, job, bytes(48), bytes(9))
+    assert setup.client.hget("run:sample:0", "chunks") == b"0"
+    again = make_job(0, attempt=1)
+    setup.table.admit(again, JOB_BYTES, 0.0)
+    setup.table.commit(store(setup.table, again), 0.0)
+    for capture in (1, 2):
+        insert(setup.table, make_job(capture))
+    assert setup.audit() == []
+
+
+def test_capture_that_breaks_off_gives_back_what_was_only_copied(setup: Setup) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    with pytest.raises(TargetUnavailableError):
+        write_all(setup.table, job, bytes(48), error=TargetUnavailableError("it died"))
+    setup.table.abandon(job, failed(job))
+    setup.fill(1)
+    assert setup.table.info().resident_bytes == CAPACITY_BYTES
+    assert setup.audit() == []
+
+
+def test_capture_on_its_way_while_the_index_is_taken_over_is_made_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's answer was lost: it takes the index over between this one's look at the token and its record."""
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    insert(setup.table, make_job(1))
+    owner = setup.table._chunks._writer
+    record = owner._put
+
+    def taken_over_first(*arguments: object) -> object:
+        if len(arguments) > 2:
+            owner._token = ""
+            owner._current_token(job)
+        return record(*arguments)
+
+    monkeypatch.setattr(owner, "_put", taken_over_first)
+    with pytest.raises(ReplayUnavailableError, match="made again"):
+        write_all(setup.table, job, bytes(48))
+    monkeypatch.undo()
+    again = make_job(0, attempt=1)
+    setup.table.admit(again, JOB_BYTES, 0.0)
+    setup.table.commit(store(setup.table, again), 0.0)
+    insert(setup.table, make_job(2))
+    assert setup.audit() == []
 
 
 def test_table_larger_than_the_arena_is_refused(setup: Setup) -> None:

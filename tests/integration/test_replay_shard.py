@@ -527,6 +527,22 @@ def test_shard_makes_the_table_anew_after_redis_restarted_empty(tmp_path: Path) 
         assert "empty: what it held is captured again" in record["message"]
 
 
+def test_shard_that_takes_over_says_that_redis_restarted_empty_before_it(
+    embedded: EmbeddedRedis, client: Client
+) -> None:
+    setup = Setup(embedded, client, {})
+    with setup.running():
+        wait_until(lambda: setup.table.incarnation() is not None, "a table")
+    assert [record["message"] for record in setup.telemetry.read()] == [
+        "Redis is back, empty: what it held is captured again"
+    ]
+    setup.shard = setup.new_shard()
+    with setup.running():
+        setup.work.push(make_job(0))
+        wait_until(lambda: setup.shard.stats().num_in_flight == 1, "the shard at work")
+    assert setup.telemetry.read() == [], "a table that is there is taken over without a word"
+
+
 def test_table_of_another_signature_ends_the_shard(embedded: EmbeddedRedis, client: Client) -> None:
     setup = Setup(embedded, client, {})
     setup.table.create(1000, SIGNATURE.model_copy(update={"fingerprint": "other"}), 1)
