@@ -3,6 +3,7 @@
 -- chunk would be taken. All chunks are noted or, where one is refused, none. Returns extents that were freed since it was called last.
 local capture = ARGV[2]
 local stored, refusal = stored_by(capture, ARGV[3])
+local num_before = stored and stored.num_chunks
 local fields, replaced = {}, {}
 for place = 4, #ARGV, 3 do
   local index, num_bytes, extents = tonumber(ARGV[place]), tonumber(ARGV[place + 1]), ARGV[place + 2]
@@ -11,7 +12,9 @@ for place = 4, #ARGV, 3 do
     return refusal
   end
   if extents ~= '?' then
-    replaced[#replaced + 1] = redis.call('HGET', sample_key(capture), 'at:' .. index) or nil
+    if index < num_before then
+      replaced[#replaced + 1] = redis.call('HGET', sample_key(capture), 'at:' .. index)
+    end
     for _, field in ipairs({ 'size:' .. index, num_bytes, 'at:' .. index, extents }) do
       fields[#fields + 1] = field
     end

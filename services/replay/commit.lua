@@ -18,10 +18,10 @@ if tonumber(fields[4]) ~= num_chunks then
   return { 'CHUNKS', fields[4] }
 end
 local extents = extents_of(capture)
+local sizes = extents ~= '' and fields_of_chunks(capture, 'size', num_chunks)
 local arrived = 0
 for index = 0, num_chunks - 1 do
-  local size = tonumber(extents ~= '' and redis.call('HGET', sample_key(capture), 'size:' .. index)
-    or redis.call('STRLEN', chunk_key(capture, fields[2], index)))
+  local size = tonumber(sizes and sizes[index + 1] or redis.call('STRLEN', chunk_key(capture, fields[2], index)))
   if size ~= tonumber(ARGV[8 + index]) then
     return { 'SIZE', index, size, ARGV[8 + index] }
   end

@@ -28,21 +28,32 @@ local function table_is_lost()
   return redis.call('EXISTS', key('table')) == 0
 end
 
+-- One field of every chunk of a sample; false where it is missing. Asked for in groups, as a call's arguments are limited.
+local function fields_of_chunks(capture, name, num_chunks)
+  local values = {}
+  for first = 0, num_chunks - 1, 1000 do
+    local names = {}
+    for index = first, math.min(first + 1000, num_chunks) - 1 do
+      names[#names + 1] = name .. ':' .. index
+    end
+    for _, value in ipairs(redis.call('HMGET', sample_key(capture), unpack(names))) do
+      values[#values + 1] = value
+    end
+  end
+  return values
+end
+
 -- Where the chunks of a sample lie in the arena, each followed by ';'; empty if they are in Redis.
 local function extents_of(capture)
   local fields = redis.call('HMGET', sample_key(capture), 'extents', 'chunks')
   if fields[1] then
     return fields[1]
   end
-  local found = {}
-  for index = 0, tonumber(fields[2]) - 1 do
-    local extents = redis.call('HGET', sample_key(capture), 'at:' .. index)
-    if not extents then
-      return ''
-    end
-    found[#found + 1] = extents .. ';'
+  local found = fields_of_chunks(capture, 'at', tonumber(fields[2]))
+  if not found[1] then
+    return ''
   end
-  return table.concat(found)
+  return table.concat(found, ';') .. ';'
 end
 
 -- Removes the chunks of a sample. Their keys follow from the number of chunks, so no scan is needed. Space in an arena
@@ -78,8 +89,10 @@ local function add_chunk(stored, capture, index, num_bytes)
   if index > stored.num_chunks then
     return { 'GAP', index, stored.num_chunks }
   end
-  local before = tonumber(redis.call('HGET', sample_key(capture), 'size:' .. index) or 0)
-  stored.num_bytes = stored.num_bytes - before + num_bytes
+  if index < stored.num_chunks then
+    stored.num_bytes = stored.num_bytes - tonumber(redis.call('HGET', sample_key(capture), 'size:' .. index))
+  end
+  stored.num_bytes = stored.num_bytes + num_bytes
   if stored.num_bytes > stored.reserved then
     return { 'OVERFLOW', index, stored.num_bytes, stored.reserved }
   end

@@ -112,7 +112,7 @@ def bench_train(
 @app.command("stream")
 def bench_stream(
     rounds: Annotated[int, typer.Option(min=1, help="Each takes every way once, in turns.")] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Samples that a way moves in a round, 31.5 MB each.")] = 24,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that a way moves in a round, 31.5 MB each.")] = 64,
     tier: Annotated[list[str] | None, typer.Option(help="Only this tier: redis or shm. May be repeated.")] = None,
     wire_dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype on the wire. May be repeated.")] = None,
     shards: Annotated[list[int] | None, typer.Option(help="Only so many shards. May be repeated.")] = None,
