@@ -21,7 +21,7 @@ def ignore(news: str) -> None:
 
 def test_every_way_and_yardstick_is_measured(tmp_path: Path) -> None:
     result = measure_stream(ignore, ways=WAYS, rounds=2, num_samples=4, disk=tmp_path, shape=SMALL)
-    for yardstick in ("tcp_loopback", "grpc_hop", "redis_set", "redis_get", "disk_way"):
+    for yardstick in ("tcp_loopback", "grpc_hop", "redis_set", "redis_get", "disk_way", "cold_disk_way"):
         assert result[f"{yardstick}_mb_s"] > 0
     assert [(way["tier"], way["wire_dtype"], way["shards"]) for way in result["results"]] == WAYS
     for way in result["results"]:

@@ -58,7 +58,7 @@ def receive_over_tcp(port: int, place: Tensor, num_times: int) -> float:
         return time.perf_counter() - began_s
 
 
-def through_disk(source: Tensor, place: Tensor, num_times: int, folder: Path) -> float:
+def through_disk(source: Tensor, place: Tensor, num_times: int, folder: Path, *, is_cold: bool = False) -> float:
     """What a feature cache does with a sample: write a file, fsync it, map it, copy it; seconds for all of them.
 
     Args:
@@ -66,6 +66,8 @@ def through_disk(source: Tensor, place: Tensor, num_times: int, folder: Path) ->
         place: Of the same size.
         num_times: Number of samples; each is a file of its own.
         folder: Where, on the disk to be measured. The files are removed, outside the time measured.
+        is_cold: Whether what was written leaves the kernel's page cache before it is read, as in a feature cache
+            larger than memory.
     """
     view, target = byte_view(source), byte_view(place)
     seconds = 0.0
@@ -78,8 +80,11 @@ def through_disk(source: Tensor, place: Tensor, num_times: int, folder: Path) ->
                 while num_bytes < view.nbytes:
                     num_bytes += written.write(view[num_bytes:])
                 os.fsync(written.fileno())
-            with path.open("rb") as read, mmap.mmap(read.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                target[:] = memoryview(mapped)
+            with path.open("rb") as read:
+                if is_cold:
+                    os.posix_fadvise(read.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with mmap.mmap(read.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                    target[:] = memoryview(mapped)
             seconds += time.perf_counter() - began_s
             path.unlink()
     return seconds

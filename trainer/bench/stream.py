@@ -62,9 +62,15 @@ SHARDS = (1, 2)
 PULLS = 2
 """Captures that a shard pulls at once: with more, on few cores, threads only take turns."""
 
+SETTLE_S = 1.0
+"""After the disk way the kernel still works on what was written and removed."""
+
 WARM_SAMPLES = 2
 LEASE_S = 60.0
 WAIT_S = 60.0
+PASS_S = 3600.0
+"""Longer than any pass takes: nobody says again in its course that the target is alive."""
+
 MB = 1e6
 GB = 1e9
 
@@ -115,6 +121,7 @@ class Limits:
     redis_set: list[float] = field(default_factory=list)
     redis_get: list[float] = field(default_factory=list)
     disk: list[float] = field(default_factory=list)
+    cold_disk: list[float] = field(default_factory=list)
 
 
 class StreamBench:
@@ -164,15 +171,22 @@ class StreamBench:
         """Every yardstick and every way, once."""
         moved_bytes = self._num_samples * self._shape.bf16_bytes
         limits = self.limits
+        disk_s, cold_disk_s = (
+            through_disk(self._source, self._place, self._num_samples, self._disk, is_cold=is_cold)
+            for is_cold in (False, True)
+        )
+        time.sleep(SETTLE_S)
+        set_s, get_s = self._set_and_get()
+        tcp_s = self._tcp()
         hop_s, hop_cpu_s = self._hop(self._num_samples)
         limits.hop_cpu.append(hop_cpu_s / (moved_bytes / GB))
-        set_s, get_s = self._set_and_get()
         for rates, seconds in (
-            (limits.tcp, self._tcp()),
+            (limits.tcp, tcp_s),
             (limits.hop, hop_s),
             (limits.redis_set, set_s),
             (limits.redis_get, get_s),
-            (limits.disk, through_disk(self._source, self._place, self._num_samples, self._disk)),
+            (limits.disk, disk_s),
+            (limits.cold_disk, cold_disk_s),
         ):
             rates.append(moved_bytes / MB / seconds)
         for way, passes in self.passes.items():
@@ -244,7 +258,7 @@ class StreamBench:
             for link, shard, url in zip(links, self._shards, urls, strict=False):
                 stack.callback(link.table.destroy)
                 link.table.create(config.shard_capacity, signature, config.reuse, config.rate_limiter, config.sampling)
-                link.registry.publish([self._address], time.time())
+                link.registry.publish([self._address], time.time() + PASS_S)
                 shard.orders.send(FillOrder(url, prefix, config.of_one_shard(), signature))
                 stack.callback(shard.orders.recv)
                 stack.callback(shard.orders.send, StopOrder())
@@ -337,6 +351,7 @@ def measure_stream(
         "redis_set_mb_s": statistics.median(limits.redis_set),
         "redis_get_mb_s": statistics.median(limits.redis_get),
         "disk_way_mb_s": statistics.median(limits.disk),
+        "cold_disk_way_mb_s": statistics.median(limits.cold_disk),
         "hop_to_tcp": _ratio(limits.hop, limits.tcp),
         "results": [_result(way, passes, limits) for way, passes in bench.passes.items()],
         "sample_mb": shape.bf16_bytes / MB,
@@ -353,6 +368,7 @@ def _result(way: Way, passes: Sequence[Pass], limits: Limits) -> dict[str, Any]:
         "end_to_end_mb_s": statistics.median(rates),
         "to_hop": _ratio(rates, limits.hop),
         "to_disk_way": _ratio(rates, limits.disk),
+        "to_cold_disk_way": _ratio(rates, limits.cold_disk),
         "cpu_s_per_gb": {
             part: statistics.median(each.cpu_s_per_gb[part] for each in passes) for part in passes[0].cpu_s_per_gb
         },

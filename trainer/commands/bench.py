@@ -16,6 +16,7 @@ YARDSTICKS = {
     "Redis SET": "redis_set_mb_s",
     "Redis GET": "redis_get_mb_s",
     "disk way": "disk_way_mb_s",
+    "disk way, read from the disk": "cold_disk_way_mb_s",
 }
 """What `bench stream` holds the path against, as people and as scripts read it."""
 
