@@ -67,7 +67,7 @@ TAKE_OVER_S = 30.0
 
 TAKE_OVER_POLL_S = 0.05
 SPACE_POLL_S = 0.01
-MOST_UNRECORDED_BYTES = 16 * 1024**2
+MOST_UNRECORDED_BYTES = 64 * 1024**2
 MOST_UNRECORDED_CHUNKS = 256
 """How far a writer runs ahead of the index: so soon does it notice that its attempt was replaced."""
 

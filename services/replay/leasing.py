@@ -28,6 +28,9 @@ from services.replay.links import ShardLink, close_links, shard_of, sum_infos
 from services.replay.store import ChunkReader
 
 POLL_S = 0.01
+EXHAUSTED_LOOK_S = 0.05
+"""A rank that waits looks so often whether anything will come at all."""
+
 
 KEPT_PART = 0.5
 """What is leased is kept for this part of its lease at most while the rest is waited for, then all is given back."""
@@ -121,6 +124,7 @@ class Leasing:
         taken: dict[int, SampleLease] = {}
         """By place in the micro-batch."""
         first_s = 0.0
+        look_s = time.monotonic() + EXHAUSTED_LOOK_S
         try:
             while True:
                 had_some = bool(taken)
@@ -129,9 +133,12 @@ class Leasing:
                 else:
                     failure = self._take_named(ask, captures, taken)
                 now_s = time.monotonic()
-                is_all = len(taken) == wanted or (len(self._links) == 1 and taken)
-                if is_all or (captures is None and failure is None and self._is_exhausted()):
+                if len(taken) == wanted or (len(self._links) == 1 and taken):
                     return [taken[place] for place in sorted(taken)]
+                if now_s >= min(look_s, deadline_s):
+                    look_s = now_s + EXHAUSTED_LOOK_S
+                    if captures is None and failure is None and self._is_exhausted():
+                        return [taken[place] for place in sorted(taken)]
                 if not had_some:
                     first_s = now_s
                 if now_s >= deadline_s:
