@@ -31,7 +31,6 @@ POLL_S = 0.01
 EXHAUSTED_LOOK_S = 0.05
 """A rank that waits looks so often whether anything will come at all."""
 
-
 KEPT_PART = 0.5
 """What is leased is kept for this part of its lease at most while the rest is waited for, then all is given back."""
 
