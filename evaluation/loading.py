@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,8 +11,42 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drafters.checkpoint import load_drafter
 from drafters.drafter import Drafter
+from evaluation.benchmark import BenchmarkSettings
 from evaluation.fitting import check_fits
+from evaluation.origin import check_origin
 from services.errors import CheckpointError, TargetError
+from services.models import find_model
+from services.stop_tokens import find_stop_token_ids
+
+
+class Models(NamedTuple):
+    """A target and a drafter of it."""
+
+    target: PreTrainedModel
+    drafter: Drafter
+    stop_token_ids: tuple[int, ...]
+
+
+def load_models(settings: BenchmarkSettings, beside: Models | None = None) -> Models:
+    """Load what settings name, and have torch use as many threads as they say.
+
+    Args:
+        settings: How to decode.
+        beside: Models of the same target, which is then not loaded again.
+
+    Raises:
+        TargetError: The target cannot be loaded.
+        CheckpointError: The drafter cannot, or is another target's.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    folder = find_model(settings.target, weights=True)
+    check_origin(Path(settings.drafter), folder, allow_other_target=settings.allow_other_target)
+    target = beside.target if beside else load_target(folder, dtype, device)
+    drafter = load_drafter_of(target, settings.drafter, dtype, device)
+    return Models(target, drafter, find_stop_token_ids(folder))
 
 
 def load_target(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

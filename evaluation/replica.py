@@ -13,9 +13,10 @@ class DecodingReplica:
 
     def __init__(self, settings: BenchmarkSettings) -> None:
         keep_freed_memory()
+        from evaluation.loading import load_models
         from evaluation.sample_decoder import SampleDecoder
 
-        self._decoder = SampleDecoder(settings)
+        self._decoder = SampleDecoder(settings, load_models(settings))
 
     def decode(self, work: Work) -> list[SampleRecord | PlainRecord]:
         """The records of a piece of work."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -14,15 +13,12 @@ from drafters.drafter import Drafter
 from evaluation.batch_decoder import BatchDecoder, RoundRecord, Row, cut_below
 from evaluation.benchmark import BenchmarkSettings, Sample
 from evaluation.confidence.temperatures import check_num_temperatures
-from evaluation.loading import load_drafter_of, load_target
-from evaluation.origin import check_origin
+from evaluation.loading import Models, load_models
 from evaluation.records import PlainRecord, SampleRecord, hash_of
 from evaluation.session import Decode, OnRecord
 from evaluation.timing import PHASES, PhaseClock, Timing
 from evaluation.work import Work
 from services.errors import TargetError
-from services.models import find_model
-from services.stop_tokens import find_stop_token_ids
 
 CONFIDENCE_DIGITS = 4
 """Decimals of a recorded confidence logit: far below what its float32 means."""
@@ -32,41 +28,33 @@ CONFIDENCE_DIGITS = 4
 def decoding_here(settings: BenchmarkSettings) -> Iterator[Decode]:
     """Decodes in this process (an `evaluation.session.StartDecoding`)."""
     disable_progress_bar()  # of loading: there is one of ours
-    decoder = SampleDecoder(settings)
-
-    def decode(works: Sequence[Work], on_record: OnRecord) -> None:
-        for work in works:
-            decoder.decode(work, on_record)
-
-    yield decode
+    yield SampleDecoder(settings, load_models(settings)).decode_all
 
 
 class SampleDecoder:
-    """Holds target and drafter.
+    """Decodes with a target and a drafter.
 
     Args:
         settings: How to decode.
+        models: What they name.
 
     Raises:
-        TargetError: The target cannot be loaded.
-        CheckpointError: The drafter cannot, or is another target's.
+        CheckpointError: The drafter was calibrated for another number of drafts.
     """
 
-    def __init__(self, settings: BenchmarkSettings) -> None:
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+    def __init__(self, settings: BenchmarkSettings, models: Models) -> None:
         self._settings = settings
+        self._models = models
         self._device = torch.device(settings.device)
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        folder = find_model(settings.target, weights=True)
-        check_origin(Path(settings.drafter), folder, allow_other_target=settings.allow_other_target)
-        self._target = load_target(folder, dtype, self._device)
-        self._drafter = load_drafter_of(self._target, settings.drafter, dtype, self._device)
         if settings.confidence_temperatures is not None:
             check_num_temperatures(
-                settings.confidence_temperatures, self._drafter.settings.num_drafts, settings.drafter
+                settings.confidence_temperatures, models.drafter.settings.num_drafts, settings.drafter
             )
-        self._stop_token_ids = find_stop_token_ids(folder)
+
+    def decode_all(self, works: Sequence[Work], on_record: OnRecord) -> None:
+        """`decode`, one piece of work after the other (an `evaluation.session.Decode`)."""
+        for work in works:
+            self.decode(work, on_record)
 
     def decode(self, work: Work, on_record: OnRecord) -> None:
         """Decode what is to be done.
@@ -80,7 +68,7 @@ class SampleDecoder:
         """
         try:
             if work.speculative:
-                self._run(work.speculative, self._drafter, on_record)
+                self._run(work.speculative, self._models.drafter, on_record)
             if work.plain:
                 self._run(work.plain, None, on_record)
         except torch.OutOfMemoryError as error:
@@ -104,12 +92,12 @@ class SampleDecoder:
                 confidence[record.rows[place].index].append(tuple(round(x, CONFIDENCE_DIGITS) for x in drafted))
 
         decoder = BatchDecoder(
-            self._target,
+            self._models.target,
             drafter,
             max_rows=min(settings.batch_size, len(samples)),
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self._models.stop_token_ids,
             cut=cut_below(settings.confidence_threshold, settings.confidence_temperatures),
             on_round=note_confidence,
             clock=clock,

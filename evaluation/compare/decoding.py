@@ -4,38 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from pathlib import Path
-from typing import Self
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from evaluation.benchmark import BenchmarkSettings
-from evaluation.loading import load_drafter_of
-from evaluation.origin import check_origin
+from evaluation.loading import load_models
 from evaluation.sample_decoder import SampleDecoder
-from evaluation.session import Decode, OnRecord
-from evaluation.work import Work
-from services.models import find_model
-
-
-class SharedTargetDecoder(SampleDecoder):
-    """A decoder whose target others can use, too."""
-
-    def beside(self, settings: BenchmarkSettings) -> Self:
-        """A decoder with another drafter of the same target.
-
-        Raises:
-            CheckpointError: The drafter cannot be loaded, or is another target's.
-        """
-        folder = find_model(settings.target, weights=True)
-        check_origin(Path(settings.drafter), folder, allow_other_target=settings.allow_other_target)
-        other = copy(self)
-        other._settings = settings
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        other._drafter = load_drafter_of(self._target, settings.drafter, dtype, self._device)
-        return other
+from evaluation.session import Decode
 
 
 @contextmanager
@@ -47,13 +22,6 @@ def decoding_with_each(settings: Sequence[BenchmarkSettings]) -> Iterator[Sequen
         CheckpointError: A drafter cannot, or is another target's.
     """
     disable_progress_bar()  # of loading: there is one of ours
-    first = SharedTargetDecoder(settings[0])
-    yield [_decode_with(decoder) for decoder in (first, *map(first.beside, settings[1:]))]
-
-
-def _decode_with(decoder: SampleDecoder) -> Decode:
-    def decode(works: Sequence[Work], on_record: OnRecord) -> None:
-        for work in works:
-            decoder.decode(work, on_record)
-
-    return decode
+    first = load_models(settings[0])
+    models = [first, *(load_models(other, beside=first) for other in settings[1:])]
+    yield [SampleDecoder(*pair).decode_all for pair in zip(settings, models, strict=True)]

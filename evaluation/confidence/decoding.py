@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
 from itertools import cycle, islice
 
 from transformers.utils.logging import disable_progress_bar
@@ -11,12 +9,12 @@ from transformers.utils.logging import disable_progress_bar
 from evaluation.benchmark import BenchmarkSettings
 from evaluation.confidence.measuring import measure_step_times
 from evaluation.confidence.step_times import StepTimes
+from evaluation.loading import load_models
 from evaluation.sample_decoder import SampleDecoder
-from evaluation.session import Decode, OnRecord, Session
-from evaluation.work import Work
+from evaluation.session import Decode, Session
 
 
-class StudyDecoder(SampleDecoder):
+class StudyDecoder:
     """An `evaluation.confidence.study.Decoder` in this process.
 
     Args:
@@ -29,21 +27,15 @@ class StudyDecoder(SampleDecoder):
 
     def __init__(self, session: Session) -> None:
         disable_progress_bar()  # of loading: there is one of ours
-        super().__init__(session.settings)
+        self._models = load_models(session.settings)
         self._text = [token for task in session.tasks for sample in task.samples for token in sample.prompt_ids]
 
     def decoding(self, settings: BenchmarkSettings) -> Decode:
         """Decodes with these settings, whose target and drafter are its own."""
-        decoder = copy(self)
-        decoder._settings = settings
-
-        def decode(works: Sequence[Work], on_record: OnRecord) -> None:
-            for work in works:
-                decoder.decode(work, on_record)
-
-        return decode
+        return SampleDecoder(settings, self._models).decode_all
 
     def step_times(self, num_requests: int, context_tokens: int, tokens_observed: int) -> StepTimes:
         """Measures the steps of so many requests, each with so much context of the prompts' text."""
         context = list(islice(cycle(self._text), context_tokens))
-        return measure_step_times(self._target, self._drafter, num_requests, context, tokens_observed=tokens_observed)
+        target, drafter, _ = self._models
+        return measure_step_times(target, drafter, num_requests, context, tokens_observed=tokens_observed)

@@ -12,8 +12,9 @@ from untrained import DEMO_TARGET, save_untrained
 from drafters.checkpoint import load_drafter
 from evaluation.benchmark import BenchmarkSettings, Sample
 from evaluation.decode import plain_generate, speculative_generate
+from evaluation.loading import load_models
 from evaluation.records import PlainRecord, SampleRecord, hash_of
-from evaluation.sample_decoder import SampleDecoder, decoding_here
+from evaluation.sample_decoder import decoding_here
 from evaluation.work import Work
 from services.errors import CheckpointError
 from services.models import read_shape
@@ -133,11 +134,11 @@ def other_target(folder: Path, **changes) -> Path:
 def test_drafter_of_a_target_with_another_fingerprint_is_refused(tmp_path):
     fingerprint = read_shape(DEMO_TARGET).fingerprint
     checkpoint = save_untrained(tmp_path / "d", provenance={"model": "demo", "fingerprint": fingerprint})
-    SampleDecoder(settings(checkpoint))
+    load_models(settings(checkpoint))
     target = other_target(tmp_path / "t", max_position_embeddings=4096)
     with pytest.raises(CheckpointError, match=rf"trained with demo \(fingerprint {fingerprint}\).*--other-target"):
-        SampleDecoder(settings(checkpoint, target=str(target)))
-    SampleDecoder(settings(checkpoint, target=str(target), allow_other_target=True))
+        load_models(settings(checkpoint, target=str(target)))
+    load_models(settings(checkpoint, target=str(target), allow_other_target=True))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_drafter_of_a_target_of_another_shape_is_refused(tmp_path, checkpoint, c
     (target / "config.json").write_text(json.dumps(config))
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target)).save_pretrained(target)
     with pytest.raises(CheckpointError, match=words):
-        SampleDecoder(settings(checkpoint, target=str(target)))
+        load_models(settings(checkpoint, target=str(target)))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"target": 3}', '{"target": {"enable_thinking": "perhaps"}}'])
@@ -169,9 +170,9 @@ def test_spoiled_provenance_is_named(tmp_path, text):
     checkpoint = save_untrained(tmp_path)
     (checkpoint / "provenance.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"provenance\.json does not say"):
-        SampleDecoder(settings(checkpoint))
+        load_models(settings(checkpoint))
 
 
 def test_folder_without_a_drafter_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no drafter checkpoint.*--drafter"):
-        SampleDecoder(settings(tmp_path))
+        load_models(settings(tmp_path))
