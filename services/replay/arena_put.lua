@@ -1,6 +1,6 @@
 -- arena_put: token of the writer, capture, attempt, then for each chunk: index, payload bytes, extents
--- Notes where the bytes of chunks lie; they are there already. Extents '?' only ask whether the
--- chunk would be taken. All chunks are noted or, where one is refused, none. Returns extents that were freed since it was called last.
+-- Notes where the bytes of chunks lie; they are there already. Extents '?' only ask whether the chunk would be taken. All
+-- chunks are noted or, where one is refused, none. Returns extents that were freed since it was called last.
 local capture = ARGV[2]
 local stored, refusal = stored_by(capture, ARGV[3])
 local num_before = stored and stored.num_chunks
@@ -12,8 +12,9 @@ for place = 4, #ARGV, 3 do
     return refusal
   end
   if extents ~= '?' then
-    if index < num_before then
-      replaced[#replaced + 1] = redis.call('HGET', sample_key(capture), 'at:' .. index)
+    local before = index < num_before and redis.call('HGET', sample_key(capture), 'at:' .. index)
+    if before and before ~= extents then
+      replaced[#replaced + 1] = before
     end
     for _, field in ipairs({ 'size:' .. index, num_bytes, 'at:' .. index, extents }) do
       fields[#fields + 1] = field

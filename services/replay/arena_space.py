@@ -85,6 +85,12 @@ class ArenaSpace:
             return sum(extent.num_bytes for extent in self._given_up)
 
     @property
+    def claimed_bytes(self) -> int:
+        """Bytes that captures on their way have taken."""
+        with self._lock:
+            return sum(extent.num_bytes for claim in self._claims for extent in claim)
+
+    @property
     def free_bytes(self) -> int:
         """Bytes that can be claimed."""
         with self._lock:

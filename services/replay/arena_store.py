@@ -45,6 +45,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import redis
@@ -57,7 +58,7 @@ from services.replay import range_locks, refusals
 from services.replay.arena import ArenaPlace, open_arena
 from services.replay.arena_space import ArenaSpace
 from services.replay.extents import Extent, Extents, joined, pack, unpack_sample
-from services.replay.scripts import Scripts
+from services.replay.scripts import Reply, Scripts
 from services.replay.store import ChunkReader, ChunkStore, ChunkWriter
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,10 @@ TAKE_OVER_S = 30.0
 TAKE_OVER_POLL_S = 0.05
 SPACE_POLL_S = 0.01
 MOST_UNRECORDED_BYTES = 64 * 1024**2
-MOST_UNRECORDED_CHUNKS = 256
 """How far a writer runs ahead of the index: so soon does it notice that its attempt was replaced."""
+
+MOST_UNRECORDED_CHUNKS = 256
+"""The same, for the sake of the script: Lua's stack takes some thousand values."""
 
 COMPLAIN_S = 10.0
 """A writer that waits so long for space says what for."""
@@ -143,7 +146,7 @@ class ArenaStore(ChunkStore):
             for extent in joined([extent for extents in chunks for extent in extents]):
                 range_locks.lock_shared(descriptor, extent)
             yield _Reader(self._bytes, job, chunks)
-            if self._find(job)[0] != sample:
+            if self._identity(job) != sample:
                 raise refusals.missing_payload(job)
         finally:
             os.close(descriptor)
@@ -161,10 +164,18 @@ class ArenaStore(ChunkStore):
 
     def _find(self, job: CaptureJob) -> tuple[bytes, list[Extents]]:
         """What the sample is known by, and where its chunks lie."""
-        status, rest = self._scripts.run("arena_where", job.capture, job.attempt)
+        sample, extents = self._ask(job, "place")
+        return sample, unpack_sample(extents.decode())
+
+    def _identity(self, job: CaptureJob) -> bytes:
+        """What it is known by."""
+        return self._ask(job, "identity")[0]
+
+    def _ask(self, job: CaptureJob, what: Literal["place", "identity"]) -> Reply:
+        status, rest = self._scripts.run("arena_where", job.capture, job.attempt, what)
         if status == "GONE":
             raise refusals.missing_payload(job)
-        return rest[0], unpack_sample(rest[1].decode())
+        return rest
 
 
 class _Reader(ChunkReader):
@@ -226,9 +237,11 @@ class _Writer(ChunkWriter):
 
     @override
     def flush(self) -> None:
+        if not self._copied:
+            return
+        token = self._owner.hand_over(self._job, self._copied)
         copied, self._copied, self._copied_bytes = self._copied, [], 0
-        if copied:
-            self._owner.record(self._job, copied)
+        self._owner.record(token, self._job, copied)
 
     def give_up(self) -> None:
         """Give back the space of what was not recorded."""
@@ -264,26 +277,27 @@ class _Owner:
         Raises:
             UnknownSampleError: It is not being inserted.
         """
-        while self._put(self._current_token(job), job) == "FENCED":
+        while self._put(self._token_for(job), job) == "FENCED":
             pass  # Redis restarted empty, and has the next token
 
     def claim(self, job: CaptureJob, num_bytes: int) -> Extents | None:
         """Space for a chunk; None if there is none at the moment."""
-        self._current_token(job)
+        self._token_for(job)
         return self._space.claim(num_bytes)
 
     def wait_for_claim(self, job: CaptureJob, index: int, num_bytes: int) -> Extents:
         """The same, waiting while readers hold back what the index has freed."""
         complain_s = time.monotonic() + COMPLAIN_S
         while (claim := self.claim(job, num_bytes)) is None:
-            self._put(self._current_token(job), job, index, num_bytes, "?")  # a refusal, or what was freed
+            self._put(self._token_for(job), job, index, num_bytes, "?")  # a refusal, or what was freed
             if (claim := self._space.claim(num_bytes)) is not None:
                 break
             if time.monotonic() >= complain_s:
                 complain_s += COMPLAIN_S
                 self._tell(
                     f"capture {job.capture} waits for {num_bytes} bytes of shared memory: trainer ranks that have "
-                    f"stopped or are very slow still read {self._space.read_bytes} bytes of freed samples"
+                    f"stopped or are very slow still read {self._space.read_bytes} bytes of freed samples, and "
+                    f"captures on their way hold {self._space.claimed_bytes} bytes"
                 )
             if self._stopping.wait(SPACE_POLL_S):
                 raise _closed()
@@ -301,11 +315,21 @@ class _Owner:
         for chunk in copied:
             self._space.give_back(chunk.claim)
 
-    def record(self, job: CaptureJob, copied: Sequence[_Copied]) -> None:
-        """Have the index hold chunks, all of them or, with an error, none."""
-        for chunk in copied:
-            self._space.copied(chunk.claim)
-        token = self._current_token(job)
+    def hand_over(self, job: CaptureJob, copied: Iterable[_Copied]) -> str:
+        """End the claims of chunks that are now to be recorded.
+
+        Returns:
+            The token to record them with. Whoever takes the index over after it was looked at finds their space free,
+            and the record is refused: token and claims change hands in one step.
+        """
+        with self._lock:
+            token = self._current_token(job)
+            for chunk in copied:
+                self._space.copied(chunk.claim)
+            return token
+
+    def record(self, token: str, job: CaptureJob, copied: Sequence[_Copied]) -> None:
+        """Have the index hold chunks that were handed over, all of them or, with an error, none."""
         arguments = [text for chunk in copied for text in (chunk.index, chunk.num_bytes, pack(chunk.claim))]
         try:
             status = self._put(token, job, *arguments)
@@ -363,23 +387,26 @@ class _Owner:
             # Otherwise the taking-over since has found what was freed before it.
         return status
 
-    def _current_token(self, job: CaptureJob) -> str:
-        """The token to record with, after taking the index over if need be."""
+    def _token_for(self, job: CaptureJob) -> str:
         with self._lock:
-            if not self._token:
-                token = secrets.token_hex(8)
-                try:
-                    _, rest = self._scripts.run("arena_adopt", token)
-                except TableLostError:
-                    raise refusals.not_being_inserted(job, "gone", None) from None
-                if int(rest[0]) > self._capacity_bytes:
-                    raise ReplayError(
-                        f"the replay table may hold {int(rest[0])} bytes, its shared-memory arena "
-                        f"{self._capacity_bytes}: both must come from the same recipe"
-                    )
-                self._space.rebuild(chunk for text in rest[1:] for chunk in unpack_sample(text.decode()))
-                self._token = token
-            return self._token
+            return self._current_token(job)
+
+    def _current_token(self, job: CaptureJob) -> str:
+        """The token to record with, after taking the index over if need be. The caller holds the lock."""
+        if not self._token:
+            token = secrets.token_hex(8)
+            try:
+                _, rest = self._scripts.run("arena_adopt", token)
+            except TableLostError:
+                raise refusals.not_being_inserted(job, "gone", None) from None
+            if int(rest[0]) > self._capacity_bytes:
+                raise ReplayError(
+                    f"the replay table may hold {int(rest[0])} bytes, its shared-memory arena "
+                    f"{self._capacity_bytes}: both must come from the same recipe"
+                )
+            self._space.rebuild(chunk for text in rest[1:] for chunk in unpack_sample(text.decode()))
+            self._token = token
+        return self._token
 
 
 def _map(place: ArenaPlace, flags: int, protection: int) -> Bytes:

@@ -28,12 +28,13 @@ local function table_is_lost()
   return redis.call('EXISTS', key('table')) == 0
 end
 
--- One field of every chunk of a sample; false where it is missing. Asked for in groups, as a call's arguments are limited.
+-- One field of every chunk of a sample; false where it is missing. Asked for in groups: Lua's stack has a limit.
 local function fields_of_chunks(capture, name, num_chunks)
+  local group = 1000
   local values = {}
-  for first = 0, num_chunks - 1, 1000 do
+  for first = 0, num_chunks - 1, group do
     local names = {}
-    for index = first, math.min(first + 1000, num_chunks) - 1 do
+    for index = first, math.min(first + group, num_chunks) - 1 do
       names[#names + 1] = name .. ':' .. index
     end
     for _, value in ipairs(redis.call('HMGET', sample_key(capture), unpack(names))) do

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,13 +146,19 @@ class Insertion(threading.Thread):
             self.error = error
 
 
-def write_all(table: RedisTable, job: CaptureJob, *payloads: bytes, error: Exception | None = None) -> None:
-    """Store chunks of an attempt, which then breaks off with `error`."""
+def write_all(table: RedisTable, job: CaptureJob, *payloads: bytes, then: Callable[[], object] = bool) -> None:
+    """Store chunks of an attempt; `then` something happens before they are flushed."""
     with table.writing(job) as writer:
         for index, payload in enumerate(payloads):
             writer.write(index, payload)
-        if error is not None:
-            raise error
+        then()
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 def waits_for_space(setup: Setup, thread: Insertion, told: list[str]) -> None:
@@ -444,38 +450,112 @@ def test_capture_that_breaks_off_gives_back_what_was_only_copied(setup: Setup) -
     job = make_job(0)
     setup.table.admit(job, JOB_BYTES, 0.0)
     with pytest.raises(TargetUnavailableError):
-        write_all(setup.table, job, bytes(48), error=TargetUnavailableError("it died"))
+        write_all(setup.table, job, bytes(48), then=raises(TargetUnavailableError("it died")))
     setup.table.abandon(job, failed(job))
     setup.fill(1)
     assert setup.table.info().resident_bytes == CAPACITY_BYTES
     assert setup.audit() == []
 
 
-def test_capture_on_its_way_while_the_index_is_taken_over_is_made_again(
+class AnswerOfAnother:
+    """Another thread of the shard loses an answer of the index: whoever needs the token next takes the index over."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._owner = setup.table._chunks._writer
+
+    def before(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It happens whenever the writer comes to this step."""
+        step = getattr(self._owner, name)
+
+        def spoilt(*arguments: object) -> object:
+            self._owner._token = ""
+            if name == "record":
+                self._owner._token_for(make_job(0))
+            return step(*arguments)
+
+        monkeypatch.setattr(self._owner, name, spoilt)
+
+
+def test_record_after_the_index_was_taken_over_is_refused_and_frees_once(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread's answer was lost: it takes the index over between this one's look at the token and its record."""
     job = make_job(0)
     setup.table.admit(job, JOB_BYTES, 0.0)
     insert(setup.table, make_job(1))
-    owner = setup.table._chunks._writer
-    record = owner._put
-
-    def taken_over_first(*arguments: object) -> object:
-        if len(arguments) > 2:
-            owner._token = ""
-            owner._current_token(job)
-        return record(*arguments)
-
-    monkeypatch.setattr(owner, "_put", taken_over_first)
     with pytest.raises(ReplayUnavailableError, match="made again"):
-        write_all(setup.table, job, bytes(48))
+        write_all(setup.table, job, bytes(48), then=lambda: AnswerOfAnother(setup).before("record", monkeypatch))
     monkeypatch.undo()
     again = make_job(0, attempt=1)
     setup.table.admit(again, JOB_BYTES, 0.0)
     setup.table.commit(store(setup.table, again), 0.0)
     insert(setup.table, make_job(2))
     assert setup.audit() == []
+
+
+def test_index_taken_over_right_before_a_record_leaves_it_its_bytes(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    insert(setup.table, make_job(1))
+    AnswerOfAnother(setup).before("hand_over", monkeypatch)
+    sample = store(setup.table, job)
+    monkeypatch.undo()
+    setup.table.commit(sample, 0.0)
+    insert(setup.table, make_job(2))
+    assert [get_chunk(setup.table, make_job(capture), 0) for capture in range(3)] == [b"\1" * 48] * 3
+    assert setup.audit() == [], "no byte was given away twice"
+
+
+def test_index_taken_over_right_before_a_record_that_is_refused_frees_its_bytes_once(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    insert(setup.table, make_job(1))
+    AnswerOfAnother(setup).before("hand_over", monkeypatch)
+    with pytest.raises(UnknownSampleError):
+        write_all(setup.table, job, bytes(48), then=lambda: setup.table.abandon(job, failed(job)))
+    monkeypatch.undo()
+    for capture in (2, 3):
+        insert(setup.table, make_job(capture))
+    assert setup.audit() == []
+
+
+def test_claims_of_a_record_that_no_index_can_take_are_given_back(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    insert(setup.table, make_job(1))
+    owner = setup.table._chunks._writer
+
+    def index_is_lost() -> None:
+        setup.client.flushall()
+        owner._token = ""
+
+    with pytest.raises(UnknownSampleError):
+        write_all(setup.table, job, bytes(48), then=index_is_lost)
+    assert owner._space.claimed_bytes == 0
+    setup.table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
+    setup.fill(1)
+    assert setup.audit() == []
+
+
+def test_samples_of_thousands_of_chunks_are_found_again(setup: Setup) -> None:
+    num_chunks = 2 * 1000 + 7
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    with setup.table.writing(job) as writer:
+        for index in range(num_chunks):
+            writer.write(index, bytes([index]) if index < JOB_BYTES else b"")
+    assert setup.client.hget("run:sample:0", "chunks") == b"%d" % num_chunks
+    with setup.table._chunks.reading(job) as reader:
+        for index in range(JOB_BYTES):
+            place = bytearray(1)
+            reader.read_into(index, place)
+            assert place == bytes([index])
+        reader.read_into(num_chunks - 1, bytearray())
 
 
 def test_table_larger_than_the_arena_is_refused(setup: Setup) -> None:
