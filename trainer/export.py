@@ -125,7 +125,6 @@ def export_drafter(
             kind=kind, source=source, target=found, settings=drafter.settings, checked=checked, warnings=warnings
         )
         (folder / CARD).write_text(card, encoding="utf-8")
-    own = [report for report in source.measured if report.label == source.name]
     return ExportResult(
         format=kind,
         output_dir=str(output_dir),
@@ -136,7 +135,7 @@ def export_drafter(
         target_fingerprint=found.shape.fingerprint if found else None,
         draft_vocab_size=drafter.settings.draft_vocab_size or drafter.config.vocab_size,
         enable_thinking=source.recipe.prompts.enable_thinking if source.recipe else None,
-        accepted_length=own[-1].accepted_length if own else None,
+        accepted_length=source.measured[-1].accepted_length if source.measured else None,
         max_logit_difference=checked.max_logit_difference,
         num_drafts_compared=checked.num_drafts,
         files={path.name: path.stat().st_size for path in sorted(output_dir.iterdir())},

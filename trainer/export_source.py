@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from evaluation.weights import weights_digest
 from services.errors import CheckpointError, TargetError, UsageError
 from services.models import ModelShape, find_model, read_shape
 from services.prompts.chat import ChatEncoder
@@ -17,7 +19,19 @@ from trainer.recipe import Recipe, load_recipe
 
 CONFIG, RECIPE, PROVENANCE, RUN = "config.json", "recipe.yaml", "provenance.json", "run.json"
 EVALUATIONS, ANSWERS = "evaluations.jsonl", "answers.jsonl"
+UNTRAINED = "step_0"
 PROBE: list[Message] = [{"role": "user", "content": "?"}]
+
+
+class MeasuredDomain(BaseModel):
+    """What a model card shows of the prompts of one domain; None where no round was decoded."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_samples: int
+    accepted_length: float | None
+    interval: tuple[float, float] | None
+    accept_rate: tuple[float, ...] = ()
 
 
 class Measured(BaseModel):
@@ -31,6 +45,16 @@ class Measured(BaseModel):
     accept_rate: tuple[float, ...] = ()
     temperature: float
     num_samples: int
+    domains: dict[str, MeasuredDomain] = {}
+    weights: str = ""
+    began_s: float = 0.0
+
+
+class _Entry(BaseModel):
+    """A line of the run's results."""
+
+    settings: dict[str, Any]
+    report: Measured
 
 
 class ExportSource(NamedTuple):
@@ -43,7 +67,7 @@ class ExportSource(NamedTuple):
     """As the user's own recipe has it."""
     provenance: dict[str, Any]
     measured: tuple[Measured, ...]
-    """Its own figures, and those of the untrained drafter before them."""
+    """Its own figures, and those of the untrained drafter before them; none where it has not been measured."""
 
     @property
     def name(self) -> str:
@@ -95,7 +119,7 @@ def find_source(folder: Path) -> ExportSource:
         recipe=recipe,
         target_name=users.target.model if users else None,
         provenance=_read_provenance(checkpoint / PROVENANCE),
-        measured=_read_measured(run / EVALUATIONS, checkpoint.name) if run else (),
+        measured=_read_measured(run, checkpoint) if run else (),
     )
 
 
@@ -149,15 +173,43 @@ def _read_provenance(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_measured(path: Path, label: str) -> tuple[Measured, ...]:
-    """Figures of the untrained drafter and of the checkpoint; lines of other versions are passed over."""
-    found: list[Measured] = []
+def _read_measured(run: Path, checkpoint: Path) -> tuple[Measured, ...]:
+    """Figures of the untrained drafter and of the checkpoint, both as they are now and with the same settings.
+
+    Of several settings these are the ones that the checkpoint was last measured with.
+    """
+    entries = _read_entries(run / EVALUATIONS)
+    own = _entries_of(checkpoint, entries)
+    if not own:
+        return ()
+    settings = own[-1].settings
+    untrained = run / UNTRAINED
+    folders = [checkpoint] if checkpoint == untrained else [untrained, checkpoint]
+    measured = (_on_most_prompts(_entries_of(folder, entries), settings) for folder in folders)
+    return tuple(report for report in measured if report is not None)
+
+
+def _read_entries(path: Path) -> list[_Entry]:
+    """The results in the order in which they were measured; lines of other versions are passed over."""
+    entries: list[_Entry] = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            entry = read_json(line)
-            report = Measured.model_validate(entry["report"] if isinstance(entry, dict) else entry)
-        except (ValueError, KeyError, ValidationError):
+            entries.append(_Entry.model_validate(read_json(line)))
+        except ValueError:
             continue  # the run itself refuses such a line; here it is a figure less
-        if report.label in ("step_0", label):
-            found.append(report)
-    return tuple(sorted(found, key=lambda report: report.label != "step_0"))
+    return sorted(entries, key=lambda entry: entry.report.began_s)
+
+
+def _entries_of(checkpoint: Path, entries: Sequence[_Entry]) -> list[_Entry]:
+    """The results of what a folder holds now; a run that began anew may have had another drafter there."""
+    try:
+        measured = (checkpoint.name, weights_digest(checkpoint))
+    except FileNotFoundError:
+        return []
+    return [entry for entry in entries if (entry.report.label, entry.report.weights) == measured]
+
+
+def _on_most_prompts(entries: Sequence[_Entry], settings: dict[str, Any]) -> Measured | None:
+    """The result of these settings that has most prompts: there are fewer during training than at its ends."""
+    reports = [entry.report for entry in entries if entry.settings == settings]
+    return max(reports, key=lambda report: report.num_samples, default=None)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from drafters.config import FOREIGN_SETTINGS, DrafterConfig
-from trainer.export_source import ExportSource, SourceTarget
+from services.contracts import ALL_DOMAINS
+from trainer.export_source import UNTRAINED, ExportSource, Measured, MeasuredDomain, SourceTarget
 
 if TYPE_CHECKING:
     from evaluation.self_check import SelfCheck
@@ -105,21 +106,30 @@ def _figures(source: ExportSource) -> str:
     if not source.measured:
         return "## Accepted length\n\nNot measured by the run that trained it."
     rows = [
-        "| drafter | τ (95 % interval) | prompts | temperature | accepted at position 1, 2, … |",
-        "|---|---|---|---|---|",
+        "| drafter | domain | τ (95 % interval) | prompts | temperature | accepted at position 1, 2, … |",
+        "|---|---|---|---|---|---|",
     ]
     for report in source.measured:
-        low, high = report.interval
-        what = "untrained" if report.label == "step_0" else report.label
-        rates = ", ".join(f"{rate:.2f}" for rate in report.accept_rate)
-        rows.append(
-            f"| {what} | {report.accepted_length:.2f} ({low:.2f} – {high:.2f}) | {report.num_samples} | "
-            f"{report.temperature:g} | {rates} |"
-        )
+        what = "untrained" if report.label == UNTRAINED else report.label
+        rows.append(_figures_row(what, "all", report, report.temperature))
+        if len(report.domains) > 1:
+            rows += [
+                _figures_row(what, "other" if name == ALL_DOMAINS else name, found, report.temperature)
+                for name, found in report.domains.items()
+            ]
     return (
         "## Accepted length\n\nτ: tokens a forward pass of the target, bonus token included; decoded on held-out "
         "prompts.\n\n" + "\n".join(rows)
     )
+
+
+def _figures_row(what: str, domain: str, found: Measured | MeasuredDomain, temperature: float) -> str:
+    accepted = "–"
+    if found.accepted_length is not None and found.interval is not None:
+        low, high = found.interval
+        accepted = f"{found.accepted_length:.2f} ({low:.2f} – {high:.2f})"
+    rates = ", ".join(f"{rate:.2f}" for rate in found.accept_rate)
+    return f"| {what} | {domain} | {accepted} | {found.num_samples} | {temperature:g} | {rates} |"
 
 
 def _facts(source: ExportSource, target: SourceTarget | None, settings: DrafterConfig, checked: SelfCheck) -> str:

@@ -18,6 +18,7 @@ from drafters import build_drafter, copy_target_embeddings, load_drafter, save_d
 from drafters.drafter import Drafter
 from drafters.export.formats import Tables
 from drafters.export.sglang import load_sglang
+from evaluation.weights import weights_digest
 from services.answers import AnswerWriter
 from trainer.cli import app
 
@@ -62,15 +63,35 @@ def run(tmp_path: Path) -> Path:
     writer = AnswerWriter(folder / "answers.jsonl")
     writer.append(0, (40, 41, 40, 42))
     writer.close()
-    lines = [{"settings": {}, "report": REPORT | {"label": label}} for label in ("step_7", "step_0", "step_5")]
-    lines[1]["report"]["accepted_length"] = 1.125
-    (folder / "evaluations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines) + "{}\n")
+    untrained = folder / "step_0"
+    untrained.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (untrained / name).write_text("untrained")
     return folder
+
+
+def measured(checkpoint: Path, settings: dict[str, Any] | None = None, **figures: Any) -> None:
+    """Add a line to the results of the checkpoint's run."""
+    label = checkpoint.resolve().name
+    report = REPORT | {"label": label, "weights": weights_digest(checkpoint)} | figures
+    with (checkpoint.parent / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({"settings": settings or {}, "report": report}) + "\n")
+
+
+def figures_rows(folder: Path) -> list[str]:
+    """Of the card, without the table's head."""
+    section = (folder / "README.md").read_text().partition("## Accepted length")[2].partition("\n## ")[0]
+    return [line for line in section.splitlines() if line.startswith("|")][2:]
 
 
 def checkpoint(run: Path, kind: str, **prompts: Any) -> Path:
     folder = run / "step_7"
     save_drafter(new_drafter(kind), folder)
+    measured(folder)
+    measured(run / "step_0", accepted_length=1.125)
+    measured(folder, label="step_5", accepted_length=9.0)
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write("{}\n")
     recipe = {
         "target": {"model": str(TARGET)},
         "drafter": KINDS[kind],
@@ -117,8 +138,8 @@ def test_export_writes_a_checked_folder_with_its_card(run: Path, kind: str, to: 
     assert [path.name for path in out.parent.iterdir()] == ["drafter"], "nothing hidden is left"
     card = (out / "README.md").read_text()
     for expected in (
-        "| step_7 | 2.50 (2.25 – 2.75) | 12 | 0 | 0.75, 0.50 |",
-        "| untrained | 1.12 ",
+        "| step_7 | all | 2.50 (2.25 – 2.75) | 12 | 0 | 0.75, 0.50 |",
+        "| untrained | all | 1.12 ",
         result["target_fingerprint"],
         "non-thinking mode",
         "abc123",
@@ -129,6 +150,51 @@ def test_export_writes_a_checked_folder_with_its_card(run: Path, kind: str, to: 
     ):
         assert expected in card
     assert str(run) not in card, "where it was trained is nobody's business"
+
+
+def test_card_shows_what_these_weights_did_with_the_newest_settings(run: Path) -> None:
+    source, out = checkpoint(run, "eagle3"), run.parent / "out"
+    old, new = {"max_new_tokens": 8}, {"max_new_tokens": 9}
+    measured(run / "step_7", new, accepted_length=3.0, num_samples=20, began_s=40.0)
+    measured(run / "step_7", new, accepted_length=3.5, num_samples=5, began_s=50.0)
+    measured(run / "step_7", new, accepted_length=9.0, num_samples=99, began_s=60.0, weights="trained before")
+    measured(run / "step_7", old, accepted_length=8.0, num_samples=99, began_s=30.0)
+    measured(run / "step_0", old, accepted_length=7.0, began_s=70.0)
+    measured(run / "step_0", new, accepted_length=1.5, began_s=10.0)
+    done = export(source, "--to", "native", "--output-dir", out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["accepted_length"] == 3.0
+    assert figures_rows(out) == [
+        "| untrained | all | 1.50 (2.25 – 2.75) | 12 | 0 | 0.75, 0.50 |",
+        "| step_7 | all | 3.00 (2.25 – 2.75) | 20 | 0 | 0.75, 0.50 |",
+    ]
+
+
+def test_retrained_checkpoint_that_nobody_measured_has_no_figures(run: Path) -> None:
+    source, out = checkpoint(run, "eagle3"), run.parent / "out"
+    drafter = new_drafter("eagle3")
+    drafter.norm.weight.data.mul_(2)
+    save_drafter(drafter, run / "step_7")
+    done = export(source, "--to", "native", "--output-dir", out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["accepted_length"] is None
+    assert "Not measured by the run" in (out / "README.md").read_text()
+
+
+def test_card_shows_domains_where_there_are_several(run: Path) -> None:
+    source, out = checkpoint(run, "eagle3"), run.parent / "out"
+    code = {"num_samples": 9, "accepted_length": 3.0, "interval": [2.5, 3.5], "accept_rate": [0.8, 0.6]}
+    math = {"num_samples": 3, "accepted_length": None, "interval": None, "accept_rate": []}
+    measured(run / "step_0", {"seed": 1}, began_s=1.0, domains={"code": code})
+    measured(run / "step_7", {"seed": 1}, began_s=1.0, domains={"all": math, "code": code, "math": math})
+    assert export(source, "--to", "native", "--output-dir", out).exit_code == 0
+    assert figures_rows(out) == [
+        "| untrained | all | 2.50 (2.25 – 2.75) | 12 | 0 | 0.75, 0.50 |",
+        "| step_7 | all | 2.50 (2.25 – 2.75) | 12 | 0 | 0.75, 0.50 |",
+        "| step_7 | other | – | 3 | 0 |  |",
+        "| step_7 | code | 3.00 (2.50 – 3.50) | 9 | 0 | 0.80, 0.60 |",
+        "| step_7 | math | – | 3 | 0 |  |",
+    ]
 
 
 def test_exported_drafter_is_read_back_by_its_format(run: Path) -> None:
