@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from drafters.export.sglang import load_sglang, to_sglang
 from drafters.export.speculators import load_speculators, to_speculators
 from drafters.registry import find_algorithm
 from drafters.target_weights import TargetWeightsError, differing_tables
+from evaluation.confidence.temperatures import TEMPERATURES_NAME
+from evaluation.origin import PROVENANCE_FILE
 from evaluation.self_check import SelfCheck, compare_drafters
 from services.contracts import Record
 from services.errors import CheckpointError, UsageError
@@ -33,7 +36,9 @@ from trainer.new_folder import check_new_folder, new_folder
 
 Format = Literal["sglang", "vllm", "native"]
 CARD = "README.md"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD)
+CARRIED = (PROVENANCE_FILE, TEMPERATURES_NAME)
+"""What our own commands read beside a drafter; servers do not."""
+FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD, *CARRIED)
 
 LOCAL_NAME_WARNING = (
     "config.json names the target as {name}, a folder of this machine: to publish the drafter, export it with "
@@ -119,6 +124,8 @@ def export_drafter(
     with new_folder(output_dir) as folder:
         say(f"writing {way.architecture} to {output_dir}")
         way.write(folder)
+        if kind == "native":
+            _carry(source.checkpoint, folder)
         say("checking: reading it back, comparing logits and greedy drafts")
         checked = _check(way, folder, drafter)
         card = model_card(
@@ -141,6 +148,12 @@ def export_drafter(
         files={path.name: path.stat().st_size for path in sorted(output_dir.iterdir())},
         warnings=warnings,
     )
+
+
+def _carry(checkpoint: Path, folder: Path) -> None:
+    for name in CARRIED:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
 
 
 def _way(kind: Format, drafter: Drafter, target: SourceTarget | None) -> _Way:

@@ -18,6 +18,8 @@ from drafters import build_drafter, copy_target_embeddings, load_drafter, save_d
 from drafters.drafter import Drafter
 from drafters.export.formats import Tables
 from drafters.export.sglang import load_sglang
+from evaluation.confidence.temperatures import ConfidenceTemperatures
+from evaluation.origin import Origin, read_origin
 from evaluation.weights import weights_digest
 from services.answers import AnswerWriter
 from trainer.cli import app
@@ -130,11 +132,8 @@ def test_export_writes_a_checked_folder_with_its_card(run: Path, kind: str, to: 
     assert result["num_drafts_compared"] == 9
     assert result["accepted_length"] == 2.5
     assert json.loads((out / "config.json").read_text())["architectures"] == [architecture]
-    assert (
-        {path.name for path in out.iterdir()}
-        == set(result["files"])
-        == {"config.json", "model.safetensors", "README.md"}
-    )
+    files = {"config.json", "model.safetensors", "README.md"} | ({"provenance.json"} if to == "native" else set())
+    assert {path.name for path in out.iterdir()} == set(result["files"]) == files
     assert [path.name for path in out.parent.iterdir()] == ["drafter"], "nothing hidden is left"
     card = (out / "README.md").read_text()
     for expected in (
@@ -203,6 +202,20 @@ def test_exported_drafter_is_read_back_by_its_format(run: Path) -> None:
     trained = load_drafter(run / "step_7")
     loaded = load_sglang(out, Tables.of(trained))
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_native_export_keeps_origin_and_fitted_temperatures(run: Path) -> None:
+    source, out = checkpoint(run, "dspark"), run.parent / "out"
+    origin = {"model": str(TARGET), "fingerprint": "of another", "enable_thinking": True}
+    (source / "provenance.json").write_text(json.dumps({"target": origin}))
+    fitted = ConfidenceTemperatures(
+        temperatures=(1.5, 2.0), decoding_temperature=0.0, tasks=("code",), num_samples=3, num_rounds=9
+    )
+    fitted.save(source)
+    for _ in range(2):
+        assert export(source, "--to", "native", "--output-dir", out, "--force").exit_code == 0
+    assert read_origin(out) == read_origin(source) == Origin.model_validate(origin)
+    assert ConfidenceTemperatures.load(out) == fitted
 
 
 def test_what_the_format_cannot_express_is_refused_with_the_recipe_line(run: Path) -> None:
