@@ -19,6 +19,7 @@ from services.models import read_shape
 from services.prompts.token_counts import TokenCounts, count_answer_tokens
 from services.reading import first_fault
 from services.stop_tokens import find_stop_token_ids
+from trainer.export_source import ANSWERS
 from trainer.recipe import Recipe
 
 FILE = "draft_vocabulary.json"
@@ -47,6 +48,8 @@ def ensure_vocabulary(
 ) -> DraftVocabulary | None:
     """The run's draft vocabulary: as it is there, as a checkpoint has it, or chosen now. None where nothing is cut.
 
+    A run that trains on the target's own answers has none before its first step: then the data's answers are counted.
+
     Args:
         recipe: With the drafter's settings resolved.
         target_folder: Its tokenizer encodes what is counted.
@@ -67,7 +70,9 @@ def ensure_vocabulary(
     if resume_from is not None:
         vocabulary = DraftVocabulary(tokens=_tokens_of(resume_from / WEIGHTS))
     else:
-        vocabulary = choose(size, target_folder, count_answer_tokens(recipe.prompts, target_folder))
+        vocabulary = choose(
+            size, target_folder, count_answer_tokens(recipe.prompts, target_folder, output_dir / ANSWERS)
+        )
     replace_text(path, vocabulary.model_dump_json() + "\n")
     return vocabulary
 

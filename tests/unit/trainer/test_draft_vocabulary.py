@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from services.errors import CheckpointError, RecipeError
+from services.answers import AnswerWriter
+from services.errors import CheckpointError, PromptError, RecipeError
 from services.prompts.token_counts import TokenCounts
 from trainer.draft_vocabulary import FILE, choose, ensure_vocabulary
 from trainer.recipe import Recipe
@@ -15,7 +17,7 @@ from trainer.recipe import Recipe
 DEMO_TARGET = Path(__file__).parents[3] / "trainer" / "demo" / "target"
 
 
-def recipe(tmp_path: Path, size: int | None = 300) -> Recipe:
+def recipe(tmp_path: Path, size: int | None = 300, **prompts: Any) -> Recipe:
     source = tmp_path / "prompts.jsonl"
     lines = [
         {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": f"return {text} " * 9}]}
@@ -24,7 +26,7 @@ def recipe(tmp_path: Path, size: int | None = 300) -> Recipe:
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     drafter = {"algorithm": "eagle3"} | ({"draft_vocab_size": size} if size else {})
     return Recipe.model_validate(
-        {"target": {"model": str(DEMO_TARGET)}, "prompts": {"source": str(source)}, "drafter": drafter}
+        {"target": {"model": str(DEMO_TARGET)}, "prompts": {"source": str(source)} | prompts, "drafter": drafter}
     )
 
 
@@ -63,6 +65,38 @@ def test_checkpoint_gives_it_where_the_file_was_lost(tmp_path: Path) -> None:
     assert found is not None
     assert found.tokens == tuple(tokens.tolist())
     assert (tmp_path / FILE).exists()
+
+
+def with_answers(folder: Path, answers: dict[int, tuple[int, ...]]) -> None:
+    writer = AnswerWriter(folder / "answers.jsonl")
+    for prompt, tokens in answers.items():
+        writer.append(prompt, tokens)
+    writer.close()
+
+
+def test_targets_own_answers_are_counted_where_the_run_has_some(tmp_path: Path) -> None:
+    own = tuple(range(222, 512))
+    with_answers(tmp_path, {0: own, 2: own})
+    found = ensure_vocabulary(recipe(tmp_path, answers="target"), DEMO_TARGET, tmp_path, None)
+    assert found is not None
+    assert set(found.tokens) >= set(own)
+    assert found.num_conversations == 3
+
+
+def test_targets_own_answers_are_passed_over_where_the_data_is_trained_on(tmp_path: Path) -> None:
+    own = tuple(range(222, 512))
+    without = ensure_vocabulary(recipe(tmp_path), DEMO_TARGET, tmp_path, None)
+    (tmp_path / FILE).unlink()
+    with_answers(tmp_path, {0: own, 2: own})
+    assert ensure_vocabulary(recipe(tmp_path), DEMO_TARGET, tmp_path, None) == without
+
+
+def test_first_run_on_questions_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, answers="target")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "say"}]}) + "\n")
+    with pytest.raises(PromptError, match=r"none of 1 conversations .* slipstream export --draft-vocab-size"):
+        ensure_vocabulary(asked, DEMO_TARGET, tmp_path, None)
+    assert not (tmp_path / FILE).exists()
 
 
 def test_stop_tokens_are_kept_whatever_was_counted() -> None:
