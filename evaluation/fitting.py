@@ -40,6 +40,17 @@ def check_fits(drafter: Drafter, target: nn.Module, name: str) -> None:
         )
 
 
+def check_depth(drafter: Drafter, target: nn.Module, name: str) -> None:
+    """Check that a drafter's checkpoint states as many target layers as there are.
+
+    Raises:
+        ValueError: It states others.
+    """
+    ours, targets = drafter.config.num_target_layers, text_config(target).num_hidden_layers
+    if ours != targets:
+        raise ValueError(f"{name} was made for a target of {ours} layers, this one has {targets}: it is another target")
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], target: nn.Module) -> None:
     """Check that a target can read prompts.
 

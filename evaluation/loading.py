@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from drafters.checkpoint import load_drafter
 from drafters.drafter import Drafter
 from evaluation.benchmark import BenchmarkSettings
-from evaluation.fitting import check_fits
+from evaluation.fitting import check_depth, check_fits
 from evaluation.origin import check_origin
 from services.errors import CheckpointError, TargetError
 from services.models import find_model
@@ -75,6 +75,7 @@ def load_drafter_of(target: PreTrainedModel, checkpoint: str, dtype: torch.dtype
         raise CheckpointError(f"cannot load the drafter at {checkpoint}: {error}") from error
     try:
         check_fits(drafter, target, f"the drafter at {checkpoint}")
+        check_depth(drafter, target, f"the drafter at {checkpoint}")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return drafter.to(device)

@@ -13,6 +13,7 @@ from typing import Any
 
 from evaluation.results import Figures, Results
 from evaluation.session import Session
+from evaluation.timing import PHASES
 from services.files import replace_text
 
 RESULTS_JSON = "results.json"
@@ -22,6 +23,7 @@ TENSORBOARD = "tensorboard"
 COLUMNS = (
     "group", "name", "accepted_length", "interval_low", "interval_high", "published", "speedup",
     "draft_tokens_per_proposal", "verify_rate", "samples", "skipped", "rounds", "new_tokens", "differing",
+    *PHASES, "plain_s",
 )  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def as_csv(results: Results) -> str:
     for group, name, figures in groups(results):
         low, high = figures.interval or (None, None)
         values = figures.model_dump() | {"group": group, "name": name, "interval_low": low, "interval_high": high}
+        values |= _seconds(figures)
         row = [values[column] for column in COLUMNS]
         for rate in rates:
             row += [*values[rate], *[None] * (most - len(values[rate]))]
@@ -84,10 +87,17 @@ def scalars(results: Results) -> Iterator[tuple[str, int, float]]:
             "verify_rate": figures.verify_rate,
             "draft_tokens_per_proposal": figures.draft_tokens_per_proposal,
         }
+        single |= _seconds(figures)
         yield from ((f"{place}/{tag}", 0, value) for tag, value in single.items() if value is not None)
         for tag in ("accept_rate", "cond_accept_rate"):
             rates = getattr(figures, tag)
             yield from ((f"{place}/{tag}", k, rate) for k, rate in enumerate(rates) if rate is not None)
+
+
+def _seconds(figures: Figures) -> dict[str, float | None]:
+    """Where the time of speculative decoding went, and what plain decoding took."""
+    phases = {name: getattr(figures.speculative, name) for name in PHASES}
+    return phases | {"plain_s": figures.plain and figures.plain.total_s}
 
 
 def _write_tensorboard(folder: Path, results: Results) -> None:

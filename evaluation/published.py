@@ -40,10 +40,11 @@ def published_target(target: str) -> str | None:
     """The published target that a folder or hub name is; None for every other, fine-tuned ones included.
 
     Args:
-        target: As the user named it; a folder of the hub's cache is known by its name, too.
+        target: As the user named it; a folder of the hub's cache is known by the name that it has there.
     """
-    parts = re.split(r"/|--", target.lower())
-    return next((_NAMES[part] for part in reversed(parts) if part in _NAMES), None)
+    path = target.lower().rstrip("/")
+    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/[^/]+$", path)
+    return _NAMES.get(cached[1] if cached else path.rpartition("/")[2])
 
 
 def published_row(target: str, algorithm: str) -> dict[str, float]:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
+from evaluation.report import Divergence
 from evaluation.timing import Timing
 from services.append_log import open_append_log
 from services.contracts import Record
@@ -86,7 +86,13 @@ class SampleRecord(Record):
 
 
 class PlainRecord(Record):
-    """The same sample, decoded by the target alone: what the speedup is measured against."""
+    """The same sample, decoded by the target alone: what the speedup is measured against.
+
+    Attributes:
+        divergence: Where a speculative greedy output left this one; None where it did not, above temperature 0, and
+            where the two were not decoded in one go.
+        divergence_of: `hash_of` that output's new tokens.
+    """
 
     kind: Literal["plain"] = "plain"
     task: str
@@ -94,6 +100,8 @@ class PlainRecord(Record):
     prompt_hash: str
     output_hash: str
     timing: Timing
+    divergence: Divergence | None = None
+    divergence_of: str | None = None
 
     @property
     def key(self) -> SampleKey:
@@ -130,15 +138,14 @@ class RecordLog:
         self.plain: dict[SampleKey, PlainRecord] = {}
         _claim_settings(folder, settings)
         path = folder / RECORDS_FILE
-        self._file = open_append_log(path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read(path)
+            self._file = open_append_log(path, alone=True)
         except BlockingIOError as error:
-            self._file.close()
             raise OutputDirError(
                 f"another process is evaluating in {folder}: wait for it, or choose another --output-dir"
             ) from error
+        try:
+            self._read(path)
         except BaseException:
             self._file.close()
             raise
@@ -206,7 +213,10 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[
 def _claim_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputDirError(f"cannot make the folder {folder}: {error}. Choose another --output-dir") from error
     if not path.exists():
         if others := sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(SUFFIX)):
             raise OutputDirError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from evaluation import metrics
 from evaluation.benchmark import PlannedTask
 from evaluation.records import PlainRecord, SampleKey, SampleRecord
+from evaluation.report import Divergence
 from evaluation.tasks import DOMAINS
-from evaluation.timing import PHASES, Timing
+from evaluation.timing import Timing, total
 from services.contracts import Record
 
 
@@ -28,6 +29,7 @@ class Figures(Record):
         rounds: Of all samples.
         new_tokens: Of all samples.
         differing: Samples whose greedy output is not the target's own; None above temperature 0 or unmeasured.
+        divergences: Where they left it, as far as both sides were decoded in one go.
         speculative: Where the time went.
         plain: Where the time of plain decoding went; None if it was not measured.
         published: τ that was published for this target and kind of drafter, where there is one.
@@ -45,6 +47,7 @@ class Figures(Record):
     rounds: int
     new_tokens: int
     differing: int | None
+    divergences: tuple[Divergence, ...] = ()
     speculative: Timing
     plain: Timing | None
     published: float | None = None
@@ -125,16 +128,10 @@ def summarize_samples(
         rounds=sum(map(len, accepted)),
         new_tokens=spent.num_tokens,
         differing=_differing(measured, own) if greedy and measured else None,
+        divergences=tuple(_divergences(measured, own)),
         speculative=spent,
         plain=total(own[record.key].timing for record in measured) if measured else None,
     )
-
-
-def total(timings: Iterable[Timing]) -> Timing:
-    """The sum of timings."""
-    timings = list(timings)
-    phases = {name: sum(getattr(timing, name) for timing in timings) for name in PHASES}
-    return Timing(**phases, num_tokens=sum(timing.num_tokens for timing in timings))
 
 
 def _speedup(samples: Sequence[SampleRecord], plain: Sequence[PlainRecord]) -> float | None:
@@ -143,6 +140,14 @@ def _speedup(samples: Sequence[SampleRecord], plain: Sequence[PlainRecord]) -> f
     if not (ours.num_tokens and own.num_tokens and ours.total_s):
         return None
     return own.token_s / ours.token_s
+
+
+def _divergences(samples: Sequence[SampleRecord], own: Mapping[SampleKey, PlainRecord]) -> Iterator[Divergence]:
+    for record in samples:
+        plain = own[record.key]
+        # In a comparison the target's own output stands beside those of several drafters.
+        if plain.divergence is not None and plain.divergence_of == record.output_hash:
+            yield plain.divergence
 
 
 def _differing(samples: Sequence[SampleRecord], own: Mapping[SampleKey, PlainRecord]) -> int:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from drafters.drafter import Drafter
+from drafters.drafter import GREEDY_BELOW, Drafter
 from evaluation.batch_decoder import BatchDecoder, RoundRecord, Row, cut_below
 from evaluation.benchmark import BenchmarkSettings, Sample
 from evaluation.confidence.temperatures import check_num_temperatures
 from evaluation.loading import Models, load_models
-from evaluation.records import PlainRecord, SampleRecord, hash_of
+from evaluation.lossless import find_divergence
+from evaluation.records import PlainRecord, SampleKey, SampleRecord, hash_of
+from evaluation.report import Divergence
 from evaluation.session import Decode, OnRecord
 from evaluation.timing import PHASES, PhaseClock, Timing
 from evaluation.work import Work
 from services.errors import TargetError
+
+WARM_TOKENS = 8
 
 CONFIDENCE_DIGITS = 4
 """Decimals of a recorded confidence logit: far below what its float32 means."""
@@ -46,6 +50,7 @@ class SampleDecoder:
         self._settings = settings
         self._models = models
         self._device = torch.device(settings.device)
+        self._is_warm = False
         if settings.confidence_temperatures is not None:
             check_num_temperatures(
                 settings.confidence_temperatures, models.drafter.settings.num_drafts, settings.drafter
@@ -67,17 +72,54 @@ class SampleDecoder:
             TargetError: The device has too little memory for so many at once.
         """
         try:
-            if work.speculative:
-                self._run(work.speculative, self._models.drafter, on_record)
-            if work.plain:
-                self._run(work.plain, None, on_record)
+            if work.plain and not self._is_warm:
+                self._warm_up((work.speculative or work.plain)[0])
+            outputs = self._run(work.speculative, self._models.drafter, on_record, {})
+            self._run(work.plain, None, on_record, outputs)
         except torch.OutOfMemoryError as error:
             raise TargetError(
                 f"{self._device} has too little memory for {self._settings.batch_size} samples of up to "
                 f"{self._settings.max_new_tokens} new tokens at once: lower --batch-size ({error})"
             ) from error
 
-    def _run(self, samples: Sequence[Sample], drafter: Drafter | None, on_record: OnRecord) -> None:
+    def _warm_up(self, sample: Sample) -> None:
+        """The first passes of a process load kernels and touch memory: neither side of a speedup shall pay for that."""
+        for drafter in (self._models.drafter, None):
+            decoder = BatchDecoder(
+                self._models.target,
+                drafter,
+                max_rows=1,
+                max_new_tokens=WARM_TOKENS,
+                temperature=self._settings.temperature,
+                stop_token_ids=self._models.stop_token_ids,
+            )
+            with decoder:
+                decoder.add([Row(0, list(sample.prompt_ids), sample.seed)])
+                while decoder.rows:
+                    decoder.round()
+        self._is_warm = True
+
+    def _run(
+        self,
+        samples: Sequence[Sample],
+        drafter: Drafter | None,
+        on_record: OnRecord,
+        others: Mapping[SampleKey, Sequence[int]],
+    ) -> dict[SampleKey, Sequence[int]]:
+        """Decode samples with a drafter or by the target alone.
+
+        Args:
+            samples: Any number.
+            drafter: None: none.
+            on_record: Called with each record.
+            others: What the other side decoded of them, prompts included.
+
+        Returns:
+            What was decoded, likewise.
+        """
+        if not samples:
+            return {}
+        outputs: dict[SampleKey, Sequence[int]] = {}
         settings = self._settings
         clock = PhaseClock(self._device)
         shares: defaultdict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -123,26 +165,44 @@ class SampleDecoder:
                 for row in ended:
                     timing = Timing(**shares.pop(row.index), num_tokens=len(row.tokens) - row.num_prompt)
                     logits = confidence.pop(row.index, None)
-                    on_record(_record(samples[row.index], row, timing, logits, is_plain=drafter is None))
+                    sample = samples[row.index]
+                    outputs[sample.key] = row.tokens
+                    if drafter is None:
+                        other = others.get(sample.key, ())
+                        on_record(_plain_record(sample, row, timing, self._divergence(sample, row, other), other))
+                    else:
+                        on_record(_sample_record(sample, row, timing, logits))
+        return outputs
 
-
-def _record(
-    sample: Sample,
-    row: Row,
-    timing: Timing,
-    confidence: Sequence[tuple[float, ...]] | None,
-    *,
-    is_plain: bool,
-) -> SampleRecord | PlainRecord:
-    output_hash = hash_of(row.tokens[row.num_prompt :])
-    if is_plain:
-        return PlainRecord(
-            task=sample.task,
-            index=sample.index,
-            prompt_hash=sample.prompt_hash,
-            output_hash=output_hash,
-            timing=timing,
+    def _divergence(self, sample: Sample, row: Row, other: Sequence[int]) -> Divergence | None:
+        if self._settings.temperature >= GREEDY_BELOW or not other:
+            return None
+        return find_divergence(
+            self._models.target,
+            other,
+            row.tokens,
+            sample=sample.index,
+            num_prompt_tokens=row.num_prompt,
         )
+
+
+def _plain_record(
+    sample: Sample, row: Row, timing: Timing, divergence: Divergence | None, other: Sequence[int]
+) -> PlainRecord:
+    return PlainRecord(
+        task=sample.task,
+        index=sample.index,
+        prompt_hash=sample.prompt_hash,
+        output_hash=hash_of(row.tokens[row.num_prompt :]),
+        timing=timing,
+        divergence=divergence,
+        divergence_of=None if divergence is None else hash_of(other[row.num_prompt :]),
+    )
+
+
+def _sample_record(
+    sample: Sample, row: Row, timing: Timing, confidence: Sequence[tuple[float, ...]] | None
+) -> SampleRecord:
     return SampleRecord(
         task=sample.task,
         domain=sample.domain,
@@ -154,6 +214,6 @@ def _record(
         proposal_lengths=tuple(entry.proposed for entry in row.rounds),
         accepted_draft_lengths=tuple(entry.accepted for entry in row.rounds),
         confidence=None if confidence is None else tuple(confidence),
-        output_hash=output_hash,
+        output_hash=hash_of(row.tokens[row.num_prompt :]),
         timing=timing,
     )

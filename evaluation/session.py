@@ -31,7 +31,7 @@ GREEDY_BELOW = 1e-5
 """As `drafters.drafter.GREEDY_BELOW`, which torch comes with."""
 
 HOW = {"threads"}
-"""Settings that change neither what is decoded nor what is measured."""
+"""Settings that change only how long decoding takes."""
 
 OnRecord = Callable[[SampleRecord | PlainRecord], None]
 
@@ -124,7 +124,7 @@ def prepare(settings: BenchmarkSettings, choice: TaskChoice, say: Callable[[str]
     tasks.sort(key=lambda task: DOMAINS.index(task.domain))
     algorithm = _algorithm(drafter)
     published = published_row(settings.target, algorithm)
-    identity = settings.model_dump(mode="json", exclude=HOW) | {
+    identity = settings.model_dump(mode="json", exclude=None if settings.measure_speedup else HOW) | {
         "target_fingerprint": shape.fingerprint,
         "drafter_digest": _digest(drafter),
         "tasks": [task.name for task in tasks],
@@ -193,16 +193,26 @@ def closing_warnings(session: Session, results: Results) -> list[str]:
     """The session's warnings, and those that only its figures give."""
     warnings = list(session.warnings)
     if results.overall.differing:
-        compared = results.overall.samples
-        cause = (
-            "decoding is not lossless"
-            if session.settings.dtype == "float32"
-            else f"rounding in {session.settings.dtype} may do that, float32 tells"
-        )
         warnings.append(
-            f"greedy output differs from the target's own in {results.overall.differing} of {compared} samples: {cause}"
+            f"greedy output differs from the target's own in {results.overall.differing} of {results.overall.samples} "
+            f"samples: {_why_different(session.settings.dtype, results)}"
         )
     return warnings
+
+
+def _why_different(dtype: str, results: Results) -> str:
+    """Whether rounding explains the divergences, and the first that it does not explain, or the first of all."""
+    divergences = results.overall.divergences
+    beyond = [found for found in divergences if not found.within_rounding]
+    if not divergences:
+        return "decoding is not lossless" if dtype == "float32" else f"rounding in {dtype} may do that, float32 tells"
+    cause = f"{len(beyond)} beyond what rounding in {dtype} explains" if beyond else f"ties, as {dtype} rounds"
+    shown = (beyond or divergences)[0]
+    (name, *_) = [name for name, figures in results.tasks.items() if shown in figures.divergences]
+    return (
+        f"{cause}; sample {shown.sample} of {name} left it at new token {shown.position}, where the target's two "
+        f"largest logits are {shown.top2_gap:.3g} apart"
+    )
 
 
 def _choose_tasks(choice: TaskChoice) -> list[Task | PromptFile]:

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import math
 
-from services.contracts import TableSignature
+from services.contracts import DTYPE_BYTES, TableSignature
 from trainer.recipe import Recipe, TrainerConfig
-
-PRECISION_BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes of an element of packed features."""
 
 DEFAULT_MICRO_BATCHES = 2
 
@@ -41,4 +38,4 @@ def _longest_tokens(recipe: Recipe) -> int:
 
 
 def _packed_token_bytes(signature: TableSignature, trainer: TrainerConfig) -> int:
-    return (len(signature.layer_ids) + 1) * signature.hidden_size * PRECISION_BYTES[trainer.precision]
+    return (len(signature.layer_ids) + 1) * signature.hidden_size * DTYPE_BYTES[trainer.precision]

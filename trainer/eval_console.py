@@ -12,6 +12,7 @@ from rich.text import Text
 from evaluation.records import PlainRecord, RecordLog, SampleRecord
 from evaluation.results import Figures, Results
 from evaluation.session import Session
+from evaluation.timing import Timing
 from trainer.decoding_progress import DecodingProgress
 
 NOTHING = "–"
@@ -58,6 +59,7 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
     title = f"{session.algorithm} at {settings.drafter}\nfor {settings.target}, {temperature}"
     caption = Text.assemble(
         ("αk: part of the rounds with a k-th draft that accepted it", "dim"),
+        *([("\nd/v/r: part of the time that drafting, verifying and the rest take", "dim")] * settings.measure_speedup),
         *((f"\n! {warning}", "yellow") for warning in warnings),
     )
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
@@ -71,6 +73,7 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
         table.add_column(f"α{k + 1}", justify="right", no_wrap=True)
     if settings.measure_speedup:
         table.add_column("speedup", justify="right", no_wrap=True)
+        table.add_column("d/v/r %", justify="right", no_wrap=True)
 
     def add(name: str, figures: Figures, style: str) -> None:
         low, high = figures.interval or (None, None)
@@ -80,7 +83,7 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
         rates = [*figures.accept_rate, *[None] * positions][:positions]
         cells += [_number(rate) for rate in rates]
         if settings.measure_speedup:
-            cells.append(NOTHING if figures.speedup is None else f"{figures.speedup:.2f}×")
+            cells += [NOTHING if figures.speedup is None else f"{figures.speedup:.2f}×", _parts(figures.speculative)]
         table.add_row(*cells, style=style)
 
     for domain, subtotal in results.domains.items():
@@ -93,6 +96,14 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
     if len(results.tasks) > 1:
         add("all samples", results.overall, "bold green")
     return table
+
+
+def _parts(timing: Timing) -> str:
+    """Drafting, verifying and the rest, in per cent of the time."""
+    if not timing.total_s:
+        return NOTHING
+    rest_s = timing.prefill_s + timing.overhead_s
+    return "/".join(f"{100 * part_s / timing.total_s:.0f}" for part_s in (timing.draft_s, timing.verify_s, rest_s))
 
 
 def _number(value: float | None) -> str:

@@ -135,12 +135,14 @@ def test_part_that_is_killed_costs_time_and_nothing_else(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize("tier", ["redis", "shm"])
 @pytest.mark.parametrize(("part", "told"), [("shard", "lost its process; another one"), ("redis", "Redis is back")])
 def test_one_of_two_shards_that_is_killed_costs_no_sample_of_the_other(
-    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, part: str, told: str
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, tier: str, part: str, told: str
 ) -> None:
     output_dir = tmp_path / "slipstream-demo"
-    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, "replay.shards=2")
+    settings = ("replay.shards=2", f"replay.tier={tier}")
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, *settings)
     hit_one_of_two(command, output_dir, part, seed)
     summary = command.json(RUN_S)
     command.assert_nothing_left(within_s=15)
@@ -171,10 +173,11 @@ def test_rank_that_hangs_is_killed_and_all_begin_again(
 
 
 @pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize("tier", ["redis", "auto"])  # which is shared memory on one machine
 def test_parts_killed_while_the_run_starts_are_started_again(
-    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float]
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], tier: str
 ) -> None:
-    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED)
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, f"replay.tier={tier}")
     for part in ("coordinator", "shard", "rank"):
         wait_until(lambda part=part: find(command.process.pid, part), lambda: command.errors, RUN_S)
         assert kill(command.process.pid, part) is not None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,18 @@ from services.contracts import StepLease
 from services.memory import keep_freed_memory
 from services.replay.config import ReplayConfig
 from services.replay.embedded import EmbeddedRedis
-from services.replay.links import ShardLink, close_links, link_shards
+from services.replay.links import close_links, link_shards
 from services.replay.reader import ReplayReader
-from trainer.bench.stream_parts import FillOrder, SampleShape, StopOrder, process, run_shard, serve_target
+from trainer.bench.stream_parts import (
+    PASS_S,
+    SAMPLES_IN_BUFFER,
+    FillOrder,
+    SampleShape,
+    StopOrder,
+    process,
+    run_shard,
+    serve_target,
+)
 from trainer.bench.synthetic import synthetic_job, synthetic_signature
 from trainer.depth import prefetch_bytes
 from trainer.loading import MicroBatchLoader
@@ -34,8 +42,6 @@ SUPPLY = 1.2
 
 STEP_S = 0.25
 STEPS = 80
-SAMPLES_IN_BUFFER = 8
-PUBLISH_S = 1.0
 PREFIX = "slipstream:bench-starvation"
 
 
@@ -76,7 +82,7 @@ def measure_starvation(
         link.table.create(replay.capacity, signature, replay.reuse, replay.rate_limiter, replay.sampling)
         reader = stack.enter_context(contextlib.closing(ReplayReader(redis.url, PREFIX, signature)))
         address = target.orders.recv()
-        stack.enter_context(_published(link, address))
+        link.registry.publish([address], time.time() + PASS_S)
         for capture in range(num_steps + 1):
             link.queue.push(synthetic_job(capture, shape.num_tokens))
         shard.orders.send(FillOrder(redis.url, PREFIX, replay, signature))
@@ -132,22 +138,3 @@ class _Steps:
         if step > self._num_steps:
             return StepLease(step=step, num_micro_batches=0, end="the benchmark is over")
         return StepLease(step=step, num_micro_batches=1, num_uses=1)
-
-
-@contextlib.contextmanager
-def _published(link: ShardLink, address: str) -> Iterator[None]:
-    """Say about once a second that the target answers, as the driver does."""
-    ended = threading.Event()
-
-    def publish() -> None:
-        link.registry.publish([address], time.time())
-        while not ended.wait(PUBLISH_S):
-            link.registry.publish([address], time.time())
-
-    publishing = threading.Thread(target=publish)
-    publishing.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        publishing.join()

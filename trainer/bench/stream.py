@@ -39,6 +39,8 @@ from services.target.client import TargetClient
 from trainer.assembly import Assembler
 from trainer.bench.limits import receive_over_tcp, through_disk, touched
 from trainer.bench.stream_parts import (
+    PASS_S,
+    SAMPLES_IN_BUFFER,
     FillOrder,
     SampleShape,
     StopOrder,
@@ -52,7 +54,6 @@ from trainer.bench.synthetic import synthetic_job, synthetic_signature
 QWEN3_4B = SampleShape(num_tokens=1024, layer_ids=(1, 9, 17, 25, 33), hidden_size=2560)
 """31.5 MB a sample, as bf16."""
 
-SAMPLES_IN_BUFFER = 8
 MOST_BYTES_A_VALUE = 4
 """On the wire."""
 
@@ -68,9 +69,6 @@ SETTLE_S = 1.0
 WARM_SAMPLES = 2
 LEASE_S = 60.0
 WAIT_S = 60.0
-PASS_S = 3600.0
-"""Longer than any pass takes: nobody says again in its course that the target is alive."""
-
 MB = 1e6
 GB = 1e9
 

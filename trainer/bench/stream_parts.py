@@ -17,6 +17,11 @@ from services.contracts import TableSignature
 from services.memory import keep_freed_memory
 from services.replay.config import ReplayConfig
 
+SAMPLES_IN_BUFFER = 8
+
+PASS_S = 3600.0
+"""Longer than any pass takes: nobody says again in its course that the target is alive."""
+
 
 class TcpOrder(NamedTuple):
     """Have the target send its context features over a bare socket."""

@@ -127,6 +127,7 @@ def bench_stream(
     from trainer.bench.starvation import measure_starvation
     from trainer.bench.stream import QWEN3_4B, choose_ways, measure_stream
     from trainer.console import RunConsole
+    from trainer.summary import format_bytes
 
     console = RunConsole(to_stderr=True)
     try:
@@ -140,11 +141,14 @@ def bench_stream(
         return
     for name, key in YARDSTICKS.items():
         print(f"{name:28} {result[key]:6.0f} MB/s")
+    print(f"the hop is {result['hop_to_tcp']:.2f} of raw TCP")
     for way in result["results"]:
         cpu = ", ".join(f"{part} {cpu_s:.2f}" for part, cpu_s in way["cpu_s_per_gb"].items())
         print(
             f"{way['tier']:5} {way['wire_dtype']:8} {way['shards']} shards {way['end_to_end_mb_s']:6.0f} MB/s, "
-            f"{way['to_hop']:.2f} of the hop, {way['to_disk_way']:.2f} of the disk way; CPU s/GB: {cpu}"
+            f"{way['to_hop']:.2f} of the hop, {way['to_disk_way']:.2f} of the disk way "
+            f"({way['to_cold_disk_way']:.2f} read from the disk); CPU s/GB: {cpu}; resident at most "
+            f"{format_bytes(way['peak_bytes'])} of {format_bytes(way['capacity_bytes'])}"
         )
     print(f"trainer wait in the starvation test: {result['starvation']['wait_fraction']:.2%}")
     print(f"{result['rounds']} rounds of {result['samples']} samples of {result['sample_mb']:.1f} MB")

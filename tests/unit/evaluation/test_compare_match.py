@@ -150,7 +150,7 @@ def test_same_drafters_and_settings_find_their_folder_again(checkpoints, tmp_pat
         plan(drafters, tmp_path, **changes).default_folder()
         for drafters, changes in (
             (checkpoints[:2], {}),
-            (checkpoints[:2], {"threads": 3}),
+            (checkpoints[:2], {}),
             (checkpoints[1:], {}),
             (checkpoints[:2], {"temperature": 0.0}),
         )

@@ -76,6 +76,20 @@ def test_second_process_in_the_folder_is_refused(tmp_path):
     RecordLog(tmp_path, SETTINGS).__exit__(None, None, None)
 
 
+def test_second_process_does_not_cut_the_line_that_the_first_one_writes(tmp_path):
+    with RecordLog(tmp_path, SETTINGS):
+        (tmp_path / "records.jsonl").write_bytes(b'{"kind": "sam')
+        with pytest.raises(OutputDirError, match="another process is evaluating"):
+            RecordLog(tmp_path, SETTINGS)
+        assert (tmp_path / "records.jsonl").read_bytes() == b'{"kind": "sam'
+
+
+def test_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputDirError, match=r"cannot make the folder .*out.*another --output-dir"):
+        RecordLog(tmp_path / "out", SETTINGS)
+
+
 def test_hash_tells_sequences_apart():
     assert len({hash_of(tokens) for tokens in ([], [1], [1, 2], [12], [2, 1])}) == 5
 

@@ -14,7 +14,7 @@ from evaluation.benchmark import BenchmarkSettings, Sample
 from evaluation.decode import plain_generate, speculative_generate
 from evaluation.loading import load_models
 from evaluation.records import PlainRecord, SampleRecord, hash_of
-from evaluation.sample_decoder import decoding_here
+from evaluation.sample_decoder import SampleDecoder, decoding_here
 from evaluation.work import Work
 from services.errors import CheckpointError
 from services.models import read_shape
@@ -123,6 +123,27 @@ def test_drafter_without_the_head_records_no_confidence(tmp_path):
     assert record.confidence is None
 
 
+def test_output_that_leaves_the_targets_own_is_located(checkpoint, monkeypatch):
+    given = settings(checkpoint, temperature=0.0)
+    same = decode(given, Work(speculative=SAMPLES, plain=SAMPLES))
+    assert {record.divergence for record in same if isinstance(record, PlainRecord)} == {None}
+
+    def spoilt(self, samples, drafter, on_record, others):
+        others = {key: [*tokens[:-2], tokens[-2] ^ 1, tokens[-1]] for key, tokens in others.items()}
+        return run(self, samples, drafter, on_record, others)
+
+    run = SampleDecoder._run
+    monkeypatch.setattr(SampleDecoder, "_run", spoilt)
+    records = decode(given, Work(speculative=SAMPLES[1:2], plain=SAMPLES[:2]))
+    first, second = sorted((record for record in records if isinstance(record, PlainRecord)), key=lambda r: r.index)
+    assert first.divergence is None, "it was not decoded by both sides in one go"
+    found = second.divergence
+    assert (found.sample, found.position, found.within_rounding) == (1, 12 - 2, False)
+    assert found.our_token == found.target_token ^ 1
+    assert found.top2_gap > 0
+    assert second.divergence_of is not None
+
+
 def other_target(folder: Path, **changes) -> Path:
     """The demo's target by another config, without its weights: none are needed to refuse it."""
     shutil.copytree(DEMO_TARGET, folder)
@@ -147,6 +168,7 @@ def test_drafter_of_a_target_with_another_fingerprint_is_refused(tmp_path):
         ({"hidden_size": 96, "num_attention_heads": 3}, "hidden_size 160, the target has 96"),
         ({"vocab_size": 500}, "vocab_size 512, the target has 500"),
         ({"num_hidden_layers": 4}, r"reads target layers \[1, 5\], the target has 4 layers"),
+        ({"num_hidden_layers": 7}, "made for a target of 8 layers, this one has 7"),
         (
             {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
             "made for a qwen3 target, this one is a llama",
@@ -158,7 +180,7 @@ def test_drafter_of_a_target_of_another_shape_is_refused(tmp_path, checkpoint, c
     shutil.copytree(DEMO_TARGET, target, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((target / "config.json").read_text()) | changes
     if "num_hidden_layers" in changes:
-        config["layer_types"] = config["layer_types"][:4]
+        config["layer_types"] = config["layer_types"][: changes["num_hidden_layers"]]
     (target / "config.json").write_text(json.dumps(config))
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target)).save_pretrained(target)
     with pytest.raises(CheckpointError, match=words):

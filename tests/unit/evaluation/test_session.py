@@ -15,8 +15,10 @@ from untrained import DEMO_TARGET, save_untrained, write_turns
 
 from evaluation.benchmark import BenchmarkSettings
 from evaluation.outputs import as_json, write_outputs
+from evaluation.report import Divergence
 from evaluation.session import Session, TaskChoice, closing_warnings, prepare, run
 from evaluation.tasks import PUBLISHED_TASKS
+from evaluation.timing import PHASES
 from evaluation.work import Work
 from services.errors import CheckpointError, PromptError, UsageError
 from trainer.eval_console import EvaluationDisplay, results_table
@@ -163,10 +165,20 @@ def test_decoder_that_cannot_start_leaves_no_folder(checkpoint, prompts, tmp_pat
 def test_same_command_finds_its_folder_and_others_get_their_own(checkpoint, prompts):
     folders = [
         plan(checkpoint, TaskChoice(folder=prompts, max_samples=samples), **changes).default_folder()
-        for samples, changes in ((2, {}), (2, {"threads": 3}), (1, {}), (2, {"temperature": 0.0}))
+        for samples, changes in ((2, {}), (2, {}), (1, {}), (2, {"temperature": 0.0}))
     ]
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3
+
+
+def test_times_of_other_threads_are_another_evaluation_and_figures_without_times_are_not(checkpoint, prompts):
+    def folders(**changes) -> list[Path]:
+        plans = (plan(checkpoint, TaskChoice(folder=prompts), threads=threads, **changes) for threads in (None, 3))
+        return [found.default_folder() for found in plans]
+
+    with_times, without_times = folders(), folders(measure_speedup=False)
+    assert with_times[0] != with_times[1]
+    assert without_times[0] == without_times[1]
 
 
 def test_drafter_that_was_trained_on_is_another_evaluation(checkpoint, prompts, tmp_path):
@@ -230,6 +242,30 @@ def test_greedy_output_that_differs_is_warned_of(checkpoint, prompts, tmp_path):
     assert "5 of 5 samples: decoding is not lossless" in closing_warnings(session, other)[-1]
 
 
+def test_first_divergence_that_rounding_does_not_explain_is_shown(checkpoint, prompts, tmp_path):
+    session = plan(checkpoint, TaskChoice(folder=prompts), temperature=0.0, dtype="bfloat16")
+    results = evaluate(session, tmp_path / "out", Decoding(output_hash="different"))
+    tie, beyond = (
+        Divergence(
+            sample=sample, position=7, target_token=1, our_token=2, top2_gap=gap, token_gap=gap, within_rounding=gap < 1
+        )
+        for sample, gap in ((1, 0.0625), (2, 3.25))
+    )
+
+    def words(*divergences: Divergence) -> str:
+        changes = {"divergences": divergences}
+        tasks = results.tasks | {"mbpp": results.tasks["mbpp"].model_copy(update=changes)}
+        found = results.model_copy(update={"tasks": tasks, "overall": results.overall.model_copy(update=changes)})
+        return closing_warnings(session, found)[-1]
+
+    assert words() == (
+        "greedy output differs from the target's own in 5 of 5 samples: rounding in bfloat16 may do that, float32 tells"
+    )
+    assert "ties, as bfloat16 rounds; sample 1 of mbpp left it at new token 7" in words(tie)
+    assert "two largest logits are 0.0625 apart" in words(tie)
+    assert "1 beyond what rounding in bfloat16 explains; sample 2 of mbpp" in words(tie, beyond)
+
+
 def test_json_has_the_figures_that_scripts_read(checkpoint, prompts, tmp_path):
     session = plan(checkpoint, TaskChoice(folder=prompts))
     results = evaluate(session, tmp_path / "out", Decoding())
@@ -258,6 +294,10 @@ def test_csv_and_tensorboard_hold_the_same_figures(checkpoint, prompts, tmp_path
     assert rows[1]["accepted_length"] == "2.0"
     assert rows[1]["accept_rate@1"] == "0.5"
     assert rows[1]["published"] == ""
+    assert [float(rows[1][name]) for name in PHASES] == [
+        getattr(results.tasks["mbpp"].speculative, name) for name in PHASES
+    ]
+    assert float(rows[1]["plain_s"]) == results.tasks["mbpp"].plain.total_s
     assert json.loads((folder / "results.json").read_text())["tasks"]["mbpp"]["samples"] == 3
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

@@ -74,6 +74,8 @@ def test_math_prompts_end_with_the_instruction_once(name):
         ("google/gemma-4-12b-it", "Gemma-4-12B"),
         ("Qwen/Qwen3-4B-Instruct-2507", None),
         ("me/my-finetune", None),
+        ("/home/me/qwen3-8b/my-finetune", None),
+        ("/cache/models--me--my-finetune/snapshots/0a1b", None),
     ],
 )
 def test_published_targets_are_known_by_name_and_finetunes_are_not(target, known):
