@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_decoding import FixedDistributionDrafter, ScriptedDrafter, tiny_target
 
+from drafters import build_drafter
 from drafters.sampling import draw_tokens
 from evaluation.accept import Verdicts, verify_sampled
 from evaluation.decode import greedy_generate, speculative_generate
@@ -178,11 +179,26 @@ CHI_SQUARE_15_AT_1E_4 = 44.3
 """Upper 1e-4 quantile of chi-square with 15 degrees of freedom."""
 
 
-def chi_square_of_pairs():
+DRAFTERS = {
+    "dspark": {"num_draft_layers": 1, "block_size": 2, "mask_token_id": 3, "markov_rank": 4},
+    "dflash": {"num_draft_layers": 1, "block_size": 2, "mask_token_id": 3},
+    "eagle3": {"ttt_length": 2, "layout": "llama"},
+}
+
+
+def two_drafts(name, target):
+    """A drafter of the target that nobody has trained, or one that draws from one distribution."""
+    if name == "fixed":
+        return FixedDistributionDrafter(torch.tensor([0.7, 0.1, 0.1, 0.1]), block_size=2)
+    torch.manual_seed(5)
+    return build_drafter(target.config, name, target_layer_ids=(0, 1, 2), **DRAFTERS[name]).eval()
+
+
+def chi_square_of_pairs(name):
     """Second and third new token, jointly, over 2000 rows with seeds of their own: 4 · 4 − 1 degrees of freedom."""
     vocab_size, num_rows, temperature = 4, 2000, 3.0
-    target = tiny_target(vocab_size=vocab_size, num_layers=2, seed=3)
-    drafter = FixedDistributionDrafter(torch.tensor([0.7, 0.1, 0.1, 0.1]), block_size=2)
+    target = tiny_target(vocab_size=vocab_size, num_layers=4, seed=3)
+    drafter = two_drafts(name, target)
     output = speculative_generate(target, drafter, [[1, 2]] * num_rows, max_new_tokens=3, temperature=temperature)
 
     triples = torch.cartesian_prod(*[torch.arange(vocab_size)] * 3)
@@ -200,8 +216,9 @@ def chi_square_of_pairs():
     return float(((counts - expected) ** 2 / expected).sum())
 
 
-def test_sampled_output_is_distributed_as_the_targets():
-    assert chi_square_of_pairs() < CHI_SQUARE_15_AT_1E_4
+@pytest.mark.parametrize("name", ["fixed", *DRAFTERS])
+def test_sampled_output_is_distributed_as_the_targets(name):
+    assert chi_square_of_pairs(name) < CHI_SQUARE_15_AT_1E_4
 
 
 def without_residual(proposal, p_target, uniforms):
@@ -216,10 +233,11 @@ def lenient(proposal, p_target, uniforms):
     return verify_sampled(proposal, p_target, torch.cat([uniforms[:, :-1] * 0.75, uniforms[:, -1:]], dim=1))
 
 
+@pytest.mark.parametrize("name", ["fixed", *DRAFTERS])
 @pytest.mark.parametrize("biased", [without_residual, lenient])
-def test_biased_verifier_fails_the_same_test(monkeypatch, biased):
+def test_biased_verifier_fails_the_same_test(monkeypatch, biased, name):
     monkeypatch.setattr("evaluation.batch_decoder.verify_sampled", biased)
-    assert chi_square_of_pairs() > 2 * CHI_SQUARE_15_AT_1E_4
+    assert chi_square_of_pairs(name) > 2 * CHI_SQUARE_15_AT_1E_4
 
 
 def test_prompt_longer_than_the_context_is_refused(target):
