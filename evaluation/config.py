@@ -72,6 +72,11 @@ class EvaluationConfig(BaseModel):
         return self
 
     @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Of target and drafter: on a GPU as they are served, on CPUs the one in which equality is exact."""
+        return "bfloat16" if self.num_gpus else "float32"
+
+    @property
     def num_during(self) -> int:
         """Prompts that are decoded with a checkpoint during training."""
         return min(self.during_samples or self.max_samples, self.max_samples)

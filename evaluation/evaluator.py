@@ -39,7 +39,7 @@ class Evaluator:
         prompts: Sequence[HeldoutPrompt],
         config: EvaluationConfig,
         stop_token_ids: Sequence[int] | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
     ) -> None:
         """Load the target. Sets the process's torch threads if the config names them.
 
@@ -48,7 +48,7 @@ class Evaluator:
             prompts: The first `config.max_samples` are decoded.
             config: The recipe's evaluation section.
             stop_token_ids: None takes the target's own (`generation_config.json`, else the tokenizer's).
-            dtype: Of target and drafter: float32, bfloat16 or float16.
+            dtype: Of target and drafter: float32, bfloat16 or float16; None takes the config's.
 
         Raises:
             PromptError: There is no prompt to decode, one is empty, or all are longer than the target's context.
@@ -68,7 +68,7 @@ class Evaluator:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._config = config
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._dtype: torch.dtype = getattr(torch, dtype or config.dtype)
         self._device = torch.device("cuda" if config.num_gpus > 0 else "cpu")
         self._folder = folder = find_model(model, weights=True)
         self._target = load_target(folder, self._dtype, self._device)

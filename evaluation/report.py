@@ -27,6 +27,14 @@ class Divergence(Record):
     within_rounding: bool
     """Whether the gap is so small that the target's dtype cannot tell the tokens apart; never true in float32."""
 
+    @property
+    def place(self) -> str:
+        """Where it is, and how sure the target was there, in words."""
+        return (
+            f"at new token {self.position}, where the target's two largest logits are {self.top2_gap:.3g} apart"
+            f"{', a tie as its dtype rounds' if self.within_rounding else ''}"
+        )
+
 
 class DomainFigures(Record):
     """Figures of the prompts of one domain; None where no round was decoded."""

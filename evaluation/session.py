@@ -206,13 +206,10 @@ def _why_different(dtype: str, results: Results) -> str:
     beyond = [found for found in divergences if not found.within_rounding]
     if not divergences:
         return "decoding is not lossless" if dtype == "float32" else f"rounding in {dtype} may do that, float32 tells"
-    cause = f"{len(beyond)} beyond what rounding in {dtype} explains" if beyond else f"ties, as {dtype} rounds"
+    cause = f"{len(beyond)} beyond what rounding in {dtype} explains" if beyond else f"rounding in {dtype} does that"
     shown = (beyond or divergences)[0]
     (name, *_) = [name for name, figures in results.tasks.items() if shown in figures.divergences]
-    return (
-        f"{cause}; sample {shown.sample} of {name} left it at new token {shown.position}, where the target's two "
-        f"largest logits are {shown.top2_gap:.3g} apart"
-    )
+    return f"{cause}; sample {shown.sample} of {name} left it {shown.place}"
 
 
 def _choose_tasks(choice: TaskChoice) -> list[Task | PromptFile]:

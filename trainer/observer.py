@@ -162,12 +162,15 @@ class Observer:
             cond_accept_rate=report.cond_accept_rate,
             domains={name: figures.model_dump(mode="json") for name, figures in report.domains.items()},
             lossless=report.lossless,
+            first_divergence=report.first_divergence and report.first_divergence.model_dump(mode="json"),
         )
         low, high = report.interval
         self._console.say(
             f"decoded τ of {report.label}: {report.accepted_length:.2f} ({low:.2f} – {high:.2f}) on "
             f"{report.num_samples} prompts"
         )
+        if found := report.first_divergence:
+            self._console.say(f"greedy output of prompt {found.sample} left the target's own {found.place}")
 
     def progress(self) -> Progress:
         """The coordinator's figures now; the state takes them over.

@@ -62,7 +62,6 @@ def replay(rounds: Rounds, times: StepTimes, temperatures: Sequence[float] | Non
         times: Of R requests; for γ + 1 tokens a request.
         temperatures: Of the confidences that are scheduled by; None: the head's logits as they are.
     """
-    num_requests = times.num_requests
     num_requests, num_drafts = times.num_requests, rounds.num_drafts
     order = np.random.default_rng(SHUFFLE_SEED).permutation(max(rounds.num_rounds, num_requests)) % rounds.num_rounds
     num_steps = len(order) // num_requests

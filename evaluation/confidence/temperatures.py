@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from services.contracts import Record
 from services.errors import CheckpointError
+from services.files import replace_text
 from services.reading import first_fault, read_json
 
 TEMPERATURES_NAME = "confidence_temperatures.json"
@@ -37,17 +37,13 @@ class ConfidenceTemperatures(Record):
             CheckpointError: The folder cannot be written to.
         """
         path = Path(folder) / TEMPERATURES_NAME
-        new = path.with_name(f".{TEMPERATURES_NAME}.{os.getpid()}")
         try:
-            new.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            new.replace(path)
+            replace_text(path, self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"cannot save the fitted temperatures beside the drafter: {error}. With --no-save they go to "
                 "--output-dir alone"
             ) from error
-        finally:
-            new.unlink(missing_ok=True)
         return path
 
     @classmethod

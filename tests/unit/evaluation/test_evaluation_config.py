@@ -46,4 +46,5 @@ def test_during_training_few_prompts_are_decoded_by_one_thread_on_the_targets_cp
     assert (shared.num_during, shared.threads_during, shared.is_low_priority) == (16, 1, True)
     own = EvaluationConfig(max_samples=8, during_samples=16, threads=8, placement="gpu")
     assert (own.num_during, own.threads_during, own.is_low_priority) == (8, 8, False)
+    assert (shared.dtype, own.dtype) == ("float32", "bfloat16")
     assert EvaluationConfig(max_samples=8).num_during == 8

@@ -127,18 +127,36 @@ def test_events_of_driver_and_parts_are_recorded_alike(observer: Observer, parts
     assert [event.kind for event in observer.events] == ["skip", "restart"]
 
 
-def test_evaluations_are_recorded_with_their_step(observer: Observer, parts: Parts) -> None:
-    values = dict.fromkeys(Report.model_fields, 0) | {
-        "label": "step_40", "checkpoint": "/runs/demo/step_40", "accepted_length": 2.5, "interval": (2.4, 2.6),
-        "accept_rate": (0.8, 0.5), "cond_accept_rate": (0.8, None), "lossless": True, "first_divergence": None,
-        "num_samples": 9, "began_s": 7.5, "samples": (), "weights": "",
-        "domains": {"math": {"num_samples": 9, "accepted_length": 2.5, "interval": None, "accept_rate": ()}},
+VALUES: dict[str, Any] = dict.fromkeys(Report.model_fields, 0) | {
+    "label": "step_40", "checkpoint": "/runs/demo/step_40", "accepted_length": 2.5, "interval": (2.4, 2.6),
+    "accept_rate": (0.8, 0.5), "cond_accept_rate": (0.8, None), "lossless": True, "first_divergence": None,
+    "num_samples": 9, "began_s": 7.5, "samples": (), "weights": "",
+    "domains": {"math": {"num_samples": 9, "accepted_length": 2.5, "interval": None, "accept_rate": ()}},
+}  # fmt: skip
+
+
+def test_output_that_left_the_targets_own_is_shown_with_its_gap(
+    observer: Observer, parts: Parts, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = {
+        "sample": 3, "position": 17, "target_token": 5, "our_token": 6, "top2_gap": 0.03125, "token_gap": 0.03125,
+        "within_rounding": True,
     }  # fmt: skip
-    observer.show_report(Report.model_validate(values))
+    observer.show_report(Report.model_validate(VALUES | {"first_divergence": found}))
+    (record,) = parts.written
+    assert record["first_divergence"] == found
+    text = " ".join(capfd.readouterr().err.split())
+    assert "prompt 3 left the target's own at new token 17" in text
+    assert "two largest logits are 0.0312 apart, a tie as its dtype rounds" in text
+
+
+def test_evaluations_are_recorded_with_their_step(observer: Observer, parts: Parts) -> None:
+    observer.show_report(Report.model_validate(VALUES))
     (record,) = parts.written
     del record["time_s"]
     assert record == {
         "kind": "evaluation", "label": "step_40", "step": 40, "accepted_length": 2.5, "interval": (2.4, 2.6),
         "accept_rate": (0.8, 0.5), "cond_accept_rate": (0.8, None), "lossless": True, "num_samples": 9, "began_s": 7.5,
         "domains": {"math": {"num_samples": 9, "accepted_length": 2.5, "interval": None, "accept_rate": []}},
+        "first_divergence": None,
     }  # fmt: skip
