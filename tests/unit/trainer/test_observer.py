@@ -136,18 +136,21 @@ VALUES: dict[str, Any] = dict.fromkeys(Report.model_fields, 0) | {
 
 
 def test_output_that_left_the_targets_own_is_shown_with_its_gap(
-    observer: Observer, parts: Parts, capfd: pytest.CaptureFixture[str]
+    observer: Observer, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {
         "sample": 3, "position": 17, "target_token": 5, "our_token": 6, "top2_gap": 0.03125, "token_gap": 0.03125,
         "within_rounding": True,
     }  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr(observer._console, "say", said.append)
     observer.show_report(Report.model_validate(VALUES | {"first_divergence": found}))
     (record,) = parts.written
     assert record["first_divergence"] == found
-    text = " ".join(capfd.readouterr().err.split())
-    assert "prompt 3 left the target's own at new token 17" in text
-    assert "two largest logits are 0.0312 apart, a tie as its dtype rounds" in text
+    assert said[1] == (
+        "greedy output of prompt 3 left the target's own at new token 17, where the target's two largest logits are "
+        "0.0312 apart, a tie as its dtype rounds"
+    )
 
 
 def test_evaluations_are_recorded_with_their_step(observer: Observer, parts: Parts) -> None:
