@@ -22,6 +22,8 @@ from trainer.commands.options import (
     TemperatureOption,
     ThinkingOption,
     choose_device,
+    choose_dtype,
+    choose_tasks,
     fail,
     hardware_of,
 )
@@ -76,7 +78,6 @@ def compare(
         from evaluation.compare.outputs import as_json as to_json
         from evaluation.compare.outputs import write_outputs
         from evaluation.compare.report import REPORT
-        from evaluation.session import TaskChoice
         from evaluation.work import BATCHES_A_PIECE
         from trainer.compare_console import CompareDisplay, comparison_tables
         from trainer.provenance import collect_provenance
@@ -91,19 +92,14 @@ def compare(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 enable_thinking=thinking,
-                dtype=("bfloat16" if place == "cuda" else "float32") if dtype == "auto" else dtype,
+                dtype=choose_dtype(dtype, place),
                 device=place,
                 threads=threads,
                 measure_speedup=not no_speedup,
                 allow_other_target=other_target,
             )
 
-        choice = TaskChoice(
-            names=None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
-            folder=tasks_dir,
-            prompts=tuple(prompts or ()),
-            max_samples=max_samples,
-        )
+        choice = choose_tasks(tasks, tasks_dir, prompts, max_samples)
         match = prepare_match(drafters or [], settings_of, choice, console.say)
         folder = output_dir or match.default_folder()
         with CompareDisplay(console.console) as display:

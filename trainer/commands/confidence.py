@@ -21,6 +21,8 @@ from trainer.commands.options import (
     TemperatureOption,
     ThinkingOption,
     choose_device,
+    choose_dtype,
+    choose_tasks,
     fail,
     hardware_of,
 )
@@ -82,7 +84,7 @@ def confidence(
     try:
         from evaluation.benchmark import BenchmarkSettings
         from evaluation.confidence.study import DIAGRAMS_PNG, Decoder, StudyPlan, check_has_head, run_study
-        from evaluation.session import TaskChoice, prepare
+        from evaluation.session import prepare
         from trainer.confidence_console import StudyDisplay, study_tables
 
         plan = StudyPlan(
@@ -99,18 +101,13 @@ def confidence(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             enable_thinking=thinking,
-            dtype=("bfloat16" if place == "cuda" else "float32") if dtype == "auto" else dtype,
+            dtype=choose_dtype(dtype, place),
             device=place,
             threads=threads,
             measure_speedup=False,
             allow_other_target=other_target,
         )
-        choice = TaskChoice(
-            names=None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
-            folder=tasks_dir,
-            prompts=tuple(prompts or ()),
-            max_samples=max_samples,
-        )
+        choice = choose_tasks(tasks, tasks_dir, prompts, max_samples)
         session = prepare(settings, choice, console.say)
 
         def start() -> Decoder:

@@ -23,6 +23,8 @@ from trainer.commands.options import (
     TemperatureOption,
     ThinkingOption,
     choose_device,
+    choose_dtype,
+    choose_tasks,
     fail,
 )
 
@@ -81,7 +83,7 @@ def evaluate(
         from evaluation.benchmark import BenchmarkSettings
         from evaluation.outputs import as_json as to_json
         from evaluation.outputs import write_outputs
-        from evaluation.session import TaskChoice, closing_warnings, prepare, run
+        from evaluation.session import closing_warnings, prepare, run
         from trainer.eval_console import EvaluationDisplay, results_table
 
         place = _device(device, replicas)
@@ -95,18 +97,13 @@ def evaluate(
             confidence_temperatures=temperatures,
             batch_size=batch_size,
             enable_thinking=thinking,
-            dtype=("bfloat16" if place == "cuda" else "float32") if dtype == "auto" else dtype,
+            dtype=choose_dtype(dtype, place),
             device=place,
             threads=threads or _threads_of_each(replicas, place),
             measure_speedup=not no_speedup,
             allow_other_target=other_target,
         )
-        choice = TaskChoice(
-            names=None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
-            folder=tasks_dir,
-            prompts=tuple(prompts or ()),
-            max_samples=max_samples,
-        )
+        choice = choose_tasks(tasks, tasks_dir, prompts, max_samples)
         session = prepare(settings, choice, console.say)
         folder = output_dir or session.default_folder()
         with EvaluationDisplay(console.console) as display:

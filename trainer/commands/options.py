@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from evaluation.session import TaskChoice
     from trainer.console import RunConsole
 
 STARTED_S = time.time()
@@ -69,6 +71,29 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
 
         raise UsageError("--device cuda: this machine has no GPU that torch can use; give --device cpu")
     return "cpu"
+
+
+def choose_dtype(
+    wanted: Literal["auto", "float32", "bfloat16", "float16"], device: Literal["cpu", "cuda"]
+) -> Literal["float32", "bfloat16", "float16"]:
+    """What to decode in: auto is what GPUs serve in, and what is exact on CPUs."""
+    if wanted == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return wanted
+
+
+def choose_tasks(
+    tasks: str | None, folder: Path | None, prompts: Sequence[Path] | None, max_samples: int | None
+) -> TaskChoice:
+    """What to decode, as the options say."""
+    from evaluation.session import TaskChoice
+
+    return TaskChoice(
+        names=None if tasks is None else tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        folder=folder,
+        prompts=tuple(prompts or ()),
+        max_samples=max_samples,
+    )
 
 
 def hardware_of(device: Literal["cpu", "cuda"]) -> str:
