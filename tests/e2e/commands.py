@@ -79,8 +79,16 @@ class Command:
 
 def steps_done(output_dir: Path) -> int:
     """The newest optimizer step in a run's telemetry."""
+    return max((record["step"] for record in records(output_dir, "step")), default=0)
+
+
+def steps_measured(output_dir: Path) -> set[int]:
+    """Steps of the checkpoints that a run's telemetry has evaluations of."""
+    return {record["step"] for record in records(output_dir, "evaluation")}
+
+
+def records(output_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Of one kind, in a run's telemetry."""
     history = output_dir / "telemetry.jsonl"
-    if not history.exists():
-        return 0
-    lines = history.read_text().splitlines()
-    return max((record["step"] for record in map(json.loads, lines) if record["kind"] == "step"), default=0)
+    lines = history.read_text().splitlines() if history.exists() else []
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

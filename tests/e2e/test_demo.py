@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, Command, steps_done
+from commands import SMALL, Command, steps_done, steps_measured
 from waiting import wait_until
 
 from drafters import load_drafter
@@ -18,7 +18,7 @@ Start = Callable[..., Command]
 SUMMARY_KEYS = {
     "run_id", "output_dir", "steps", "resumed_from_step", "final_loss", "accepted_length_start", "accepted_length_end",
     "tokens_trained", "tokens_captured", "peak_buffer_bytes", "buffer_capacity_bytes", "cache_bytes_avoided",
-    "features", "trainer_wait_fraction", "ledger", "checkpoint", "events",
+    "features", "trainer_wait_fraction", "ledger", "checkpoint", "events", "evaluation_cost",
 }  # fmt: skip
 BATCH = 4
 """Sequences of one optimizer step of the demo's recipe."""
@@ -46,6 +46,9 @@ def test_demo_trains_sums_up_and_goes_on(slipstream: Start, tmp_path: Path) -> N
     assert summary["tokens_captured"] >= summary["tokens_trained"] / REUSE > 0
     assert summary["lossless"] is True
     assert summary["accepted_length_start"] >= 1.0
+    assert steps_measured(tmp_path / "slipstream-demo") >= {0, 20}
+    cost = summary["evaluation_cost"]
+    assert 0 < cost["num_steps_during"] + cost["num_steps_otherwise"] < 20
     checkpoint = Path(summary["checkpoint"])
     assert (tmp_path / "slipstream-demo" / "step_latest").resolve() == checkpoint
     load_drafter(checkpoint, dtype=torch.float32)
@@ -92,6 +95,7 @@ def test_demo_interrupted_writes_a_checkpoint_and_says_how_to_resume(slipstream:
     output_dir = tmp_path / "slipstream-demo"
     command = slipstream("demo", "--steps", "1000", *SMALL)
     wait_until(lambda: steps_done(output_dir) >= 7, lambda: command.errors, 150)
+    wait_until(lambda: max(steps_measured(output_dir), default=0) > 0, "no checkpoint is measured during training", 100)
     command.signal_group(signal.SIGINT)
     code, _ = command.result()
     assert code == 1

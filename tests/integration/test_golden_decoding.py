@@ -5,9 +5,11 @@ round; with a confidence head at two thresholds.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from drafters import build_drafter, load_drafter, save_drafter
 from evaluation import EvaluationConfig, Evaluator, greedy_generate, plain_generate, speculative_generate
+from evaluation.actor import LOWEST_PRIORITY, EvaluatorActor
 from evaluation.weights import weights_digest
 from services.contracts import HeldoutPrompt
 from services.errors import CheckpointError, PromptError
@@ -262,14 +265,44 @@ def test_evaluator_refuses_folder_without_drafter(tmp_path):
         make_evaluator().evaluate(str(tmp_path), "nothing")
 
 
-def test_evaluator_runs_as_ray_actor(ray_cluster, checkpoint, tmp_path):
-    prompts = golden_prompts()[:2]
-    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, threads=1)
-    actor = ray.remote(Evaluator).options(num_cpus=0).remote(str(CASE / "target"), prompts, config)
+@pytest.fixture
+def watched_actor():
+    """An evaluator that says how it decoded last. It is local, so that it travels to workers by value."""
+
+    class Watched(EvaluatorActor):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._how = None
+            decode = self._evaluator.evaluate
+
+            def evaluate(*args, **options):
+                report = decode(*args, **options)
+                self._how = torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, 0)
+                return report
+
+            self._evaluator.evaluate = evaluate
+
+        def how(self):
+            """Torch threads and priority of the thread that decoded, and the priority of the process."""
+            return *self._how, psutil.Process().nice()
+
+    return ray.remote(Watched).options(num_cpus=0)
+
+
+def test_evaluator_on_the_targets_cpus_decodes_with_one_thread_of_lowest_priority(
+    ray_cluster, watched_actor, checkpoint, tmp_path
+):
+    config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, threads=2, placement="share_target")
+    actor = watched_actor.remote(str(CASE / "target"), golden_prompts()[:2], config, True)
     try:
-        report = ray.get(actor.evaluate.remote(str(checkpoint), "step_0"), timeout=120)
+        report = ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2, during=True), timeout=120)
+        num_threads, priority, _ = ray.get(actor.how.remote(), timeout=120)
+        assert (num_threads, priority) == (1, LOWEST_PRIORITY)
+        ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2), timeout=120)
+        num_threads, priority, usual = ray.get(actor.how.remote(), timeout=120)
+        assert (num_threads, priority) == (2, usual)
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            ray.get(actor.evaluate.remote(str(tmp_path), "nothing"), timeout=120)
+            ray.get(actor.evaluate.remote(str(tmp_path), "nothing", 2), timeout=120)
     finally:
         ray.kill(actor)
     assert report.lossless is True
