@@ -48,9 +48,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster() -> Iterator[None]:
     """A local Ray that all tests of the session share; tests that kill things start their own."""
     import ray
-    from own_ray import start_ray
 
-    start_ray(
+    from trainer.cluster import start_local_ray
+
+    start_local_ray(
         num_cpus=4,
         num_gpus=0,
         object_store_memory=80 * 1024**2,  # the smallest that Ray takes: containers often have 64 MB of /dev/shm

@@ -42,6 +42,9 @@ NOTHING = Ask()
 LOCAL_OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's smallest object store, nearly: tensors never pass through it."""
 
+START_FAILED = "timed out during startup"
+MOST_STARTS = 3
+
 
 @contextlib.contextmanager
 def ray_cluster(*, local: bool) -> Iterator[None]:
@@ -68,13 +71,28 @@ def ray_cluster(*, local: bool) -> Iterator[None]:
 def _start(reaper: Reaper) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with reaper.marking():
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        start_local_ray(object_store_memory=LOCAL_OBJECT_STORE_BYTES, logging_level=logging.ERROR)
+
+
+def start_local_ray(**options: Any) -> None:
+    """Start a Ray on this machine alone; end it with `ray.shutdown`.
+
+    Seldom, a daemon of it dies in its start, or has no core to start on for half a minute; Ray gives up then, and is
+    started anew.
+
+    Args:
+        options: For `ray.init`.
+    """
+    for start in range(1, MOST_STARTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
+        except Exception as error:  # Ray raises nothing more special
+            if START_FAILED not in str(error) or start == MOST_STARTS:
+                raise
+            logger.warning("Ray did not start in time; it is started again")
+            ray.shutdown()
+        else:
+            return
 
 
 class _PrintedByRay(io.TextIOBase):

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import ray
-from own_ray import start_ray
 from waiting import wait_until
 
 from services.errors import NotBegunError, PartDiedError
-from trainer.cluster import result_of, start_part, wait_started
+from trainer.cluster import result_of, start_local_ray, start_part, wait_started
 from trainer.figures import TrainResult
 from trainer.group import RankGroup
 
@@ -45,7 +44,7 @@ class StandInRank:
 def cluster() -> Iterator[None]:
     here = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(here)  # workers cannot import a test
-    start_ray(num_cpus=2)
+    start_local_ray(num_cpus=2)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(here)

@@ -43,9 +43,10 @@ GENEROUS_S = 30.0
 def own_ray() -> Iterator[None]:
     """A cluster of this file's own: its tests kill actors."""
     import ray
-    from own_ray import start_ray
 
-    start_ray(
+    from trainer.cluster import start_local_ray
+
+    start_local_ray(
         num_cpus=1,
         num_gpus=0,
         object_store_memory=80 * 1024**2,
