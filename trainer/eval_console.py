@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -62,15 +63,18 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
         *([("\nd/v/r: part of the time that drafting, verifying and the rest take", "dim")] * settings.measure_speedup),
         *((f"\n! {warning}", "yellow") for warning in warnings),
     )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("task")
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("task", no_wrap=True)
     for name in ("samples", "τ", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     if session.published:
         table.add_column("published", justify="right")
     positions = min(SHOWN_POSITIONS, len(results.overall.accept_rate))
-    for k in range(positions):
-        table.add_column(f"α{k + 1}", justify="right", no_wrap=True)
+    if positions:
+        drafts = "/".join(str(k + 1) for k in range(positions))
+        table.add_column(f"α{drafts} %", justify="right", no_wrap=True)
     if settings.measure_speedup:
         table.add_column("speedup", justify="right", no_wrap=True)
         table.add_column("d/v/r %", justify="right", no_wrap=True)
@@ -80,8 +84,8 @@ def results_table(session: Session, results: Results, warnings: Sequence[str]) -
         cells = [name, str(figures.samples), _number(figures.accepted_length), f"{_number(low)} – {_number(high)}"]
         if session.published:
             cells.append(_number(figures.published))
-        rates = [*figures.accept_rate, *[None] * positions][:positions]
-        cells += [_number(rate) for rate in rates]
+        if positions:
+            cells.append(_percent([*figures.accept_rate, *[None] * positions][:positions]))
         if settings.measure_speedup:
             cells += [NOTHING if figures.speedup is None else f"{figures.speedup:.2f}×", _parts(figures.speculative)]
         table.add_row(*cells, style=style)
@@ -103,7 +107,11 @@ def _parts(timing: Timing) -> str:
     if not timing.total_s:
         return NOTHING
     rest_s = timing.prefill_s + timing.overhead_s
-    return "/".join(f"{100 * part_s / timing.total_s:.0f}" for part_s in (timing.draft_s, timing.verify_s, rest_s))
+    return _percent([part_s / timing.total_s for part_s in (timing.draft_s, timing.verify_s, rest_s)])
+
+
+def _percent(parts: Sequence[float | None]) -> str:
+    return "/".join(NOTHING if part is None else f"{100 * part:.0f}" for part in parts)
 
 
 def _number(value: float | None) -> str:
