@@ -89,9 +89,8 @@ class PlainRecord(Record):
     """The same sample, decoded by the target alone: what the speedup is measured against.
 
     Attributes:
-        divergence: Where a speculative greedy output left this one; None where it did not, above temperature 0, and
+        divergence: Where the speculative greedy output left this one; None where it did not, above temperature 0, and
             where the two were not decoded in one go.
-        divergence_of: `hash_of` that output's new tokens.
     """
 
     kind: Literal["plain"] = "plain"
@@ -101,7 +100,6 @@ class PlainRecord(Record):
     output_hash: str
     timing: Timing
     divergence: Divergence | None = None
-    divergence_of: str | None = None
 
     @property
     def key(self) -> SampleKey:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from evaluation import metrics
 from evaluation.benchmark import PlannedTask
@@ -128,7 +128,7 @@ def summarize_samples(
         rounds=sum(map(len, accepted)),
         new_tokens=spent.num_tokens,
         differing=_differing(measured, own) if greedy and measured else None,
-        divergences=tuple(_divergences(measured, own)),
+        divergences=tuple(found for record in measured if (found := own[record.key].divergence)),
         speculative=spent,
         plain=total(own[record.key].timing for record in measured) if measured else None,
     )
@@ -140,14 +140,6 @@ def _speedup(samples: Sequence[SampleRecord], plain: Sequence[PlainRecord]) -> f
     if not (ours.num_tokens and own.num_tokens and ours.total_s):
         return None
     return own.token_s / ours.token_s
-
-
-def _divergences(samples: Sequence[SampleRecord], own: Mapping[SampleKey, PlainRecord]) -> Iterator[Divergence]:
-    for record in samples:
-        plain = own[record.key]
-        # In a comparison the target's own output stands beside those of several drafters.
-        if plain.divergence is not None and plain.divergence_of == record.output_hash:
-            yield plain.divergence
 
 
 def _differing(samples: Sequence[SampleRecord], own: Mapping[SampleKey, PlainRecord]) -> int:

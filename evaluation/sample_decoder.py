@@ -72,7 +72,7 @@ class SampleDecoder:
             TargetError: The device has too little memory for so many at once.
         """
         try:
-            if work.plain and not self._is_warm:
+            if self._settings.measure_speedup and not self._is_warm:
                 self._warm_up((work.speculative or work.plain)[0])
             outputs = self._run(work.speculative, self._models.drafter, on_record, {})
             self._run(work.plain, None, on_record, outputs)
@@ -168,27 +168,24 @@ class SampleDecoder:
                     sample = samples[row.index]
                     outputs[sample.key] = row.tokens
                     if drafter is None:
-                        other = others.get(sample.key, ())
-                        on_record(_plain_record(sample, row, timing, self._divergence(sample, row, other), other))
+                        on_record(_plain_record(sample, row, timing, self._divergence(sample, row, others)))
                     else:
                         on_record(_sample_record(sample, row, timing, logits))
         return outputs
 
-    def _divergence(self, sample: Sample, row: Row, other: Sequence[int]) -> Divergence | None:
-        if self._settings.temperature >= GREEDY_BELOW or not other:
+    def _divergence(self, sample: Sample, row: Row, others: Mapping[SampleKey, Sequence[int]]) -> Divergence | None:
+        if self._settings.temperature >= GREEDY_BELOW or sample.key not in others:
             return None
         return find_divergence(
             self._models.target,
-            other,
+            others[sample.key],
             row.tokens,
             sample=sample.index,
             num_prompt_tokens=row.num_prompt,
         )
 
 
-def _plain_record(
-    sample: Sample, row: Row, timing: Timing, divergence: Divergence | None, other: Sequence[int]
-) -> PlainRecord:
+def _plain_record(sample: Sample, row: Row, timing: Timing, divergence: Divergence | None) -> PlainRecord:
     return PlainRecord(
         task=sample.task,
         index=sample.index,
@@ -196,7 +193,6 @@ def _plain_record(
         output_hash=hash_of(row.tokens[row.num_prompt :]),
         timing=timing,
         divergence=divergence,
-        divergence_of=None if divergence is None else hash_of(other[row.num_prompt :]),
     )
 
 

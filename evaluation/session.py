@@ -20,6 +20,7 @@ from evaluation.records import SETTINGS_FILE, PlainRecord, RecordLog, SampleReco
 from evaluation.results import Results, collect_results
 from evaluation.task_sources import cache_folder, fetch, find_in_folder, task_file
 from evaluation.tasks import DOMAINS, PUBLISHED_TASKS, TASKS, Task, find_task
+from evaluation.weights import weights_digest
 from evaluation.work import Work, remaining
 from services.contracts import Record
 from services.errors import CheckpointError, UsageError
@@ -247,14 +248,10 @@ def _algorithm(drafter: Path) -> str:
 
 def _digest(drafter: Path) -> str:
     """Of config and weights: a drafter that was trained on is another one."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        try:
-            with (drafter / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise CheckpointError(f"cannot load the drafter at {drafter}: {error}") from error
-    return digest.hexdigest()[:16]
+    try:
+        return weights_digest(drafter)[:16]
+    except OSError as error:
+        raise CheckpointError(f"cannot load the drafter at {drafter}: {error}") from error
 
 
 def _warnings(

@@ -457,6 +457,14 @@ def test_capture_that_breaks_off_gives_back_what_was_only_copied(setup: Setup) -
     assert setup.audit() == []
 
 
+def begin_beside_another(setup: Setup) -> CaptureJob:
+    """A capture on its way, and another sample that is there."""
+    job = make_job(0)
+    setup.table.admit(job, JOB_BYTES, 0.0)
+    insert(setup.table, make_job(1))
+    return job
+
+
 class AnswerOfAnother:
     """Another thread of the shard loses an answer of the index: whoever needs the token next takes the index over."""
 
@@ -479,9 +487,7 @@ class AnswerOfAnother:
 def test_record_after_the_index_was_taken_over_is_refused_and_frees_once(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(0)
-    setup.table.admit(job, JOB_BYTES, 0.0)
-    insert(setup.table, make_job(1))
+    job = begin_beside_another(setup)
     with pytest.raises(ReplayUnavailableError, match="made again"):
         write_all(setup.table, job, bytes(48), then=lambda: AnswerOfAnother(setup).before("record", monkeypatch))
     monkeypatch.undo()
@@ -495,9 +501,7 @@ def test_record_after_the_index_was_taken_over_is_refused_and_frees_once(
 def test_index_taken_over_right_before_a_record_leaves_it_its_bytes(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(0)
-    setup.table.admit(job, JOB_BYTES, 0.0)
-    insert(setup.table, make_job(1))
+    job = begin_beside_another(setup)
     AnswerOfAnother(setup).before("hand_over", monkeypatch)
     sample = store(setup.table, job)
     monkeypatch.undo()
@@ -510,9 +514,7 @@ def test_index_taken_over_right_before_a_record_leaves_it_its_bytes(
 def test_index_taken_over_right_before_a_record_that_is_refused_frees_its_bytes_once(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(0)
-    setup.table.admit(job, JOB_BYTES, 0.0)
-    insert(setup.table, make_job(1))
+    job = begin_beside_another(setup)
     AnswerOfAnother(setup).before("hand_over", monkeypatch)
     with pytest.raises(UnknownSampleError):
         write_all(setup.table, job, bytes(48), then=lambda: setup.table.abandon(job, failed(job)))
@@ -525,9 +527,7 @@ def test_index_taken_over_right_before_a_record_that_is_refused_frees_its_bytes_
 def test_claims_of_a_record_that_no_index_can_take_are_given_back(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(0)
-    setup.table.admit(job, JOB_BYTES, 0.0)
-    insert(setup.table, make_job(1))
+    job = begin_beside_another(setup)
     owner = setup.table._chunks._writer
 
     def index_is_lost() -> None:

@@ -141,7 +141,22 @@ def test_output_that_leaves_the_targets_own_is_located(checkpoint, monkeypatch):
     assert (found.sample, found.position, found.within_rounding) == (1, 12 - 2, False)
     assert found.our_token == found.target_token ^ 1
     assert found.top2_gap > 0
-    assert second.divergence_of is not None
+
+
+@pytest.mark.parametrize("work", [Work(speculative=SAMPLES[:1]), Work(plain=SAMPLES[:1])])
+@pytest.mark.parametrize(("measure_speedup", "warmed"), [(True, 1), (False, 0)])
+def test_what_is_timed_begins_warm_once(checkpoint, monkeypatch, work, measure_speedup, warmed):
+    begun: list[Sample] = []
+    warm_up = SampleDecoder._warm_up
+
+    def counted(self, sample):
+        begun.append(sample)
+        warm_up(self, sample)
+
+    monkeypatch.setattr(SampleDecoder, "_warm_up", counted)
+    with decoding_here(settings(checkpoint, measure_speedup=measure_speedup)) as run:
+        run([work, work], lambda record: None)
+    assert len(begun) == warmed
 
 
 def other_target(folder: Path, **changes) -> Path:
