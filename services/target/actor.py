@@ -79,8 +79,13 @@ class TargetServer:
         assert self._engine is not None
         return self._engine.describe()
 
+    def turn_away(self) -> None:
+        """Take no new capture; each that comes is told to ask another target."""
+        if self._server is not None:
+            self._server.turn_away()
+
     def drain(self, grace_s: float) -> None:
-        """Refuse new captures; returns when the running ones have finished, or are cut off after `grace_s`."""
+        """Answer no more; returns when the running captures have finished, or are cut off after `grace_s`."""
         if self._server is not None:
             self._server.stop(grace_s)
 

@@ -39,8 +39,8 @@ BUSY_AFTER_S = 15.0
 """A target that is not placed by then waits for a resource that others hold. Earlier its process may just be starting,
 and the resource that looks taken is its own."""
 
-UNPUBLISHED_S = 0.5
-"""A target refuses captures so much after it was told to end: a shard may just have chosen it."""
+UNPUBLISHED_S = 2.0
+"""A target that shall end turns captures away for so long before it answers no more: shards may just have chosen it."""
 
 DRAIN_DEADLINE_S = 120.0
 """How long the captures of a target that shall end may still run."""
@@ -193,6 +193,7 @@ class TargetPool:
             draining = [replica for replica in ending if replica.state == "serving"]
             for replica in draining:
                 replica.drained_from_s = time.monotonic()
+                replica.actor.turn_away.options(max_task_retries=0).remote()
             killed = [replica for replica in ending if replica not in draining]
             self._replicas = [replica for replica in self._replicas if replica not in killed]
             self._add(replicas - self._num_wanted)

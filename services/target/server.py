@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from services.checksum import crc32c
 from services.codec import byte_view, check_packed
-from services.errors import CaptureRequestError, DeadlineError, SlipstreamError, TargetError
+from services.errors import CaptureRequestError, DeadlineError, SlipstreamError, TargetBusyError, TargetError
 from services.grpc_errors import abort
 from services.grpc_server import GrpcServer
 from services.security import Credentials, check_listening
@@ -54,10 +54,16 @@ class RunningServer:
         self,
         server: GrpcServer,
         dispatcher: Dispatcher[CapturedFeatures],
+        places: _Places,
     ) -> None:
         self.address = server.address
         self._server = server
         self._dispatcher = dispatcher
+        self._places = places
+
+    def turn_away(self) -> None:
+        """Take no new capture, and say so as a full target does: a caller that just chose this one asks another."""
+        self._places.close()
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new calls, let running ones go on for `grace_s` seconds, then end them and the server."""
@@ -98,10 +104,11 @@ def serve(
         max_batch_samples=config.max_batch_samples,
         batch_wait_s=config.batch_wait_ms / 1000,
     )
+    places = _Places(config.max_concurrent_captures)
     try:
         server = GrpcServer(
             SERVICE,
-            _Service(engine, dispatcher, config.max_concurrent_captures).handler(),
+            _Service(engine, dispatcher, places).handler(),
             address,
             credentials,
             max_calls=config.max_concurrent_captures + SPARE_RPCS,
@@ -111,15 +118,49 @@ def serve(
         dispatcher.close()
         raise TargetError(f"target cannot listen on {address}: {error}; choose a free port, or 0") from error
     server.start()
-    return RunningServer(server, dispatcher)
+    return RunningServer(server, dispatcher, places)
+
+
+class _Places:
+    """How many captures run, and whether one more may."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._num_taken = 0
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """Take a place; `leave` gives it back.
+
+        Raises:
+            TargetBusyError: All are taken, or the target is about to end.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise TargetBusyError("this target is about to end: ask another target")
+            if self._num_taken == self._count:
+                raise TargetBusyError(
+                    f"this target serves {self._count} captures at once already: try again, ask another target, or "
+                    "raise target.max_concurrent_captures"
+                )
+            self._num_taken += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._num_taken -= 1
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        with self._lock:
+            self._is_closed = True
 
 
 class _Service:
-    def __init__(self, engine: Engine, dispatcher: Dispatcher[CapturedFeatures], max_concurrent_captures: int) -> None:
+    def __init__(self, engine: Engine, dispatcher: Dispatcher[CapturedFeatures], places: _Places) -> None:
         self._target = engine.describe()
         self._dispatcher = dispatcher
-        self._max_concurrent_captures = max_concurrent_captures
-        self._slots = threading.BoundedSemaphore(max_concurrent_captures)
+        self._places = places
 
     def handler(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -136,12 +177,10 @@ class _Service:
         return wire.DescribeResponse(**self._target.model_dump())
 
     def capture(self, message: bytes, context: grpc.ServicerContext) -> Iterator[FramedChunk]:
-        if not self._slots.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"this target serves {self._max_concurrent_captures} captures at once already: try again, ask another "
-                "target, or raise target.max_concurrent_captures",
-            )
+        try:
+            self._places.take()
+        except TargetBusyError as error:
+            abort(context, error)
         watch: threading.Timer | None = None
         try:
             watch = _cut_off_after(LONGEST_CALL_S, context)
@@ -160,7 +199,7 @@ class _Service:
         finally:
             if watch is not None:
                 watch.cancel()
-            self._slots.release()
+            self._places.leave()
 
     def _compute(self, request: CaptureRequest, context: grpc.ServicerContext) -> CapturedFeatures | None:
         """The features; None if the caller gave up."""

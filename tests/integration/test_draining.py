@@ -12,7 +12,7 @@ from waiting import wait_until
 
 import trainer.demo
 from services.contracts import CaptureJob
-from services.errors import TargetUnavailableError
+from services.errors import TargetBusyError, TargetUnavailableError
 from services.target.actor import TargetServer
 from services.target.client import TargetClient
 from services.target.config import TargetConfig
@@ -53,6 +53,10 @@ def test_draining_target_finishes_what_runs_and_takes_nothing_new(
     with TargetClient(address) as client, TargetClient(address) as late, ThreadPoolExecutor(2) as threads:
         running = threads.submit(num_rows, client)
         assert begun.wait(WAIT_S)
+        target.turn_away()
+        with pytest.raises(TargetBusyError, match="about to end: ask another target"):
+            num_rows(late)
+        late.describe(WAIT_S)
         drained = threads.submit(target.drain, WAIT_S)
         wait_until(lambda: is_refused(late), "the refusal of a new capture")
         assert not drained.done()
@@ -73,4 +77,5 @@ def is_refused(client: TargetClient) -> bool:
 def test_target_that_still_loads_is_drained_at_once() -> None:
     target = object.__new__(TargetServer)
     target._server = None
+    target.turn_away()
     target.drain(WAIT_S)
