@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 FOLDER = Path(__file__).parent
 MARKERS = ("unit", "contract", "integration", "e2e")
@@ -28,7 +28,7 @@ os.environ.pop("RAY_ADDRESS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no counterexample.
-settings.register_profile("slipstream", deadline=None)
+settings.register_profile("slipstream", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slipstream")
 
 

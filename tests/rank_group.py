@@ -52,7 +52,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
 KEPT = tuple(range(1, VOCAB, 2))
 """Tokens that eagle3_cut drafts."""
 
-DEADLINE_S = 120.0
+DEADLINE_S = 400.0
 
 
 def save_target(folder: Path) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-WAIT_S = 30.0
-"""Long enough for a busy machine with two cores; nobody waits that long where things work."""
+WAIT_S = 120.0
+"""Long enough for a busy machine with two cores, where a process may take half a minute to start and any may stand
+still for ten seconds; nobody waits that long where things work."""
 
 
 def wait_until(condition: Callable[[], object], what: str | Callable[[], str], timeout_s: float = WAIT_S) -> None:

@@ -8,7 +8,6 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_until
 
@@ -91,7 +90,6 @@ def scrape(url: str) -> dict[tuple[str, str], float]:
     return values
 
 
-@pytest.mark.timeout(120)
 def test_ray_serves_the_figures_of_each_run(tmp_path: Path) -> None:
     """In a process of its own: how often Ray exports metrics is set once a process, when Ray starts."""
     with subprocess.Popen(

@@ -18,7 +18,9 @@ from services.replay.service_config import ServiceConfig
 from services.replay.wire import write_signature
 from services.wire import replay_pb2 as wire
 
-EXAMPLES = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 CLEAR = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.DATA_LOSS,

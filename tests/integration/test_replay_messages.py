@@ -25,7 +25,7 @@ from services.replay.wire import MAX_MESSAGE_BYTES, SERVICE, WIRE_VERSION, write
 from services.wire import replay_pb2 as wire
 from services.wire import target_pb2 as target_wire
 
-EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ONE_AT_A_TIME = ServiceConfig(max_inserts=1, max_leases=1, progress_s=5.0, max_wait_s=0.05)
 """A single place that is not given back shows at the next call."""
 

@@ -15,7 +15,7 @@ from evaluation.work import Work
 from services.errors import CheckpointError, PartDiedError
 from trainer.replicas import Replicas
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SAMPLES = tuple(
     Sample(task="mbpp", domain="code", index=index, seed=index, prompt_ids=(5 + index, 6, 7)) for index in range(12)

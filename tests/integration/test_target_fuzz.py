@@ -33,7 +33,7 @@ ONE_AT_A_TIME = TargetConfig(
 )
 """A single place that is not given back shows at the next capture."""
 
-EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 CLEAR = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.DATA_LOSS}
 
 UINT32 = 2**32 - 1
