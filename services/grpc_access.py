@@ -15,7 +15,7 @@ from services.security import Credentials, is_loopback
 
 AUTHORIZATION = "authorization"
 
-PROBE_TIMEOUT_S = 1.0
+PROBE_TIMEOUT_S = 10.0
 """How long a client that was cut off tries whether the other end speaks TLS."""
 
 

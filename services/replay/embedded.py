@@ -24,8 +24,11 @@ from services.errors import ReplayUnavailableError
 from services.replay.urls import TCP
 from services.restarts import RestartBudget
 
-START_TIMEOUT_S = 30.0
-CLOSE_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 120.0
+"""A busy machine takes half a minute for a process alone, and the supervisor gives Redis a minute."""
+
+CLOSE_TIMEOUT_S = 30.0
+VERSION_TIMEOUT_S = 30.0
 
 MEMORY_FACTOR = 1.2
 MEMORY_EXTRA_BYTES = 64 * 1024**2
@@ -219,7 +222,9 @@ def find_server() -> str:
 def _version(path: str) -> tuple[int, ...] | None:
     """The version that `--version` prints as `v=7.2.4`."""
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=True).stdout
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=VERSION_TIMEOUT_S, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None  # what cannot say its version is not used
     match = re.search(r"\bv=(\d+)\.(\d+)", text)

@@ -34,7 +34,7 @@ from services.restarts import RestartBudget
 NONCE_KEY = "slipstream:nonce"
 """Set anew at each start of Redis: a client that reads another value than before talks to an empty Redis."""
 
-START_TIMEOUT_S = 15.0
+START_TIMEOUT_S = 60.0
 POLL_S = 0.1
 START_POLL_S = 0.01
 
@@ -123,8 +123,11 @@ class _Supervisor:
 
     def _start_first(self) -> None:
         """Start Redis, on a port that nobody else has if it shall listen and none was chosen before."""
-        if self._host is None or self._port:
+        if self._host is None:
             self._start()
+            return
+        if self._port:
+            self._start_on_old_port()
             return
         ports = random.sample(PORTS, MOST_PORTS_TRIED)
         for number, self._port in enumerate(ports, start=1):
@@ -134,6 +137,22 @@ class _Supervisor:
             except StartError:
                 if number == len(ports):
                     raise
+
+    def _start_on_old_port(self) -> None:
+        """Start Redis where an earlier one listened, whose supervisor was killed.
+
+        It dies with its supervisor, but gives up its port only after its memory: gigabytes, or a busy machine, take a
+        while.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self._start()
+                return
+            except StartError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_S)
 
     def _start(self) -> None:
         self._socket.unlink(missing_ok=True)

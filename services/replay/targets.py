@@ -10,7 +10,9 @@ from typing import Protocol
 from services.contracts import CaptureJob, Chunk, TableSignature, TargetDescription, WireDtype
 from services.errors import SignatureError, WireError
 
-DESCRIBE_TIMEOUT_S = 10.0
+DESCRIBE_TIMEOUT_S = 30.0
+"""Two descriptions that do not come in time have a target restarted: a busy machine must not be taken for a hanging
+one."""
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
