@@ -129,7 +129,7 @@ class Job:
         self._prefix = table_prefix(output)
         credentials = Credentials.make(insecure=self._recipe.target.insecure)
         self._parts = Parts(prepared, output, (redis.urls, self._prefix), credentials)
-        self._shards = Shards(redis.urls, self._prefix, self._parts, self._look)
+        self._shards = Shards(redis.urls, self._prefix, self._parts, self._look_after_redis)
         self._listening = Listening(self._recipe.target.listen, credentials, this_node())
         self._pool = TargetPool(self._recipe.target, self._shards.publish, output.log_place("target"), self._listening)
         self._evaluations = Evaluations(
@@ -145,6 +145,8 @@ class Job:
         self._steering = Steering(self._board, self, self._report)
         self._generation = 0
         self._restarts = {what: Restarts(what) for what in (COORDINATOR, GROUP, EVALUATOR)}
+        self._attending: list[Any] = []
+        """The call that the coordinator works in; none while it is set up."""
         self._is_paused = False
         self._is_stopping = False
 
@@ -191,8 +193,8 @@ class Job:
         if vocabulary is not None:
             self._console.say(vocabulary.text)
         with contextlib.suppress(PartDiedError):  # whose it was shows when each is needed
-            wait_started(self._parts.all, self._steering.look)
-        self._attending = self._coordinator.actor.attend.remote()
+            wait_started(self._parts.all, self._look)
+        self._attending = [self._coordinator.actor.attend.remote()]
         self._measuring = Measuring(
             self._evaluations,
             self._output.path,
@@ -202,7 +204,7 @@ class Job:
             self._observer.show_report,
             self._say,
         )
-        self._pool.wait_ready(LOAD_DEADLINE_S, self._steering.look)
+        self._pool.wait_ready(LOAD_DEADLINE_S, self._look)
         self._check_target()
         self._shards.fill()
         self._begin_group()
@@ -220,12 +222,8 @@ class Job:
 
     def _follow(self) -> None:
         """One look at everything, for at most `POLL_S` if nothing happens."""
-        for news in self._keep_redis_alive():
-            self._say("redis", news)
-        waiting = [*self._shards.calls, self._attending, *self._group.calls]
-        done, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
-        for call in done:
-            self._take_in(call)
+        self._bring_redis_back()
+        self._take_in_done([*self._shards.calls, *self._attending, *self._group.calls], POLL_S)
         self._pool.check()
         for event in self._pool.events():
             self._observer.report(event)
@@ -241,13 +239,18 @@ class Job:
             self._say("silent", f"trainer rank {rank} has given no sign of life for {most_s:g} s and was killed")
         return progress
 
+    def _take_in_done(self, calls: list[Any], timeout_s: float = 0.0) -> None:
+        done, _ = ray.wait(calls, num_returns=1, timeout=timeout_s) if calls else ([], [])
+        for call in done:
+            self._take_in(call)
+
     def _take_in(self, call: Any) -> None:
         """Take a call that came back, of which only a rank's should; what lost its process is started again."""
         if call in self._shards.calls:
             self._say("restart", self._shards.take(call))
             return
         try:
-            if call == self._attending:
+            if call in self._attending:
                 result_of(call, "the coordinator")
                 raise SlipstreamError("the coordinator ended before training did")
         except PartDiedError as error:
@@ -264,6 +267,7 @@ class Job:
     def _revive_coordinator(self, cause: PartDiedError) -> None:
         """Set the coordinator up again in the process that Ray gives it; the ranks' accounts say where they are."""
         self._restarts[COORDINATOR].count(time.monotonic(), cause)
+        self._attending = []
         actor = self._coordinator.actor
 
         def begin() -> None:
@@ -275,8 +279,8 @@ class Job:
                 result_of(actor.begin.remote(*arguments), "the coordinator", timeout_s=START_DEADLINE_S)
                 self._say("restart", "the coordinator lost its process; it goes on from ledger and ranks' accounts")
 
-        persist(begin, self._steering.look)
-        self._attending = actor.attend.remote()
+        persist(begin, self._look_after_buffer)
+        self._attending = [actor.attend.remote()]
 
     def _renew_group(self, cause: PartDiedError) -> None:
         """End the ranks that are left, and place a group of the next generation at the last checkpoint."""
@@ -287,7 +291,7 @@ class Job:
         self._say("restart", f"a trainer rank lost its process; all ranks begin again after step {step}")
         self._generation = self._output.next_generation()
         begin = ("begin_group", self._generation, Beginning(self._generation, self._resume).ledger)
-        persist(lambda: self._ask_coordinator(*begin), self._steering.look)
+        persist(lambda: self._ask_coordinator(*begin), self._look)
         self._write_run()
         self._group = self._parts.group(self._coordinator, self._generation, self._resume)
 
@@ -295,7 +299,7 @@ class Job:
         """Let the ranks meet and train; where one dies before, all are placed again."""
         while True:
             try:
-                wait_started(self._group.parts, self._steering.look)
+                wait_started(self._group.parts, self._look)
                 self._group.begin()
             except PartDiedError as error:
                 self._renew_group(error)
@@ -454,7 +458,23 @@ class Job:
         )
 
     def _look(self) -> None:
+        """What goes on while ranks are waited for. What a part waits for itself is brought back before it."""
+        self._take_in_done(self._attending)
+        self._look_after_buffer()
+
+    def _look_after_buffer(self) -> None:
+        """What goes on while the coordinator is waited for."""
+        self._take_in_done(self._shards.calls)
+        self._look_after_redis()
+
+    def _look_after_redis(self) -> None:
+        """What goes on while a replay shard is waited for."""
+        self._bring_redis_back()
         self._steering.look()
+
+    def _bring_redis_back(self) -> None:
+        for news in self._keep_redis_alive():
+            self._say("redis", news)
 
     def _check_target(self) -> None:
         described, expected = self._pool.describe(), self._prepared.signature

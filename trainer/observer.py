@@ -24,6 +24,10 @@ FIGURES_S = 1.0
 REDIS_AWAY_S = 60.0
 """How long Redis, or the table in it, may be away; both are brought back within seconds."""
 
+ELSEWHERE_S = 20.0
+"""A driver that has not looked for so long was bringing something back, and what is away has its whole time again. One
+question to a Redis that hangs takes less."""
+
 RATE_WINDOW_S = 10.0
 """Tokens a second are counted over so long."""
 
@@ -83,6 +87,7 @@ class Observer:
         """Most bytes of features at once, over all tables that this attempt has had. With several shards an upper
         bound: each had its peak at its own moment."""
         self._redis_away_since_s: float | None = None
+        self._looked_s = 0.0
         self._next_figures_s = 0.0
         self._means = RunningMeans()
         self._capture_rate, self._train_rate = WindowedRate(RATE_WINDOW_S), WindowedRate(RATE_WINDOW_S)
@@ -100,7 +105,7 @@ class Observer:
             now: Read the figures too, however new the last ones are.
 
         Raises:
-            ReplayUnavailableError: Redis has not answered for `REDIS_AWAY_S`.
+            ReplayUnavailableError: Redis has not answered for `REDIS_AWAY_S`, in which it was asked all along.
             TableLostError: A table has been away for so long.
             DeadlineError: The coordinator does not answer.
         """
@@ -113,9 +118,12 @@ class Observer:
                 self._write_figures()
             self._redis_away_since_s = None
         except (ReplayUnavailableError, TableLostError):
-            self._redis_away_since_s = self._redis_away_since_s or now_s
-            if now_s > self._redis_away_since_s + REDIS_AWAY_S:
+            failed_s = time.monotonic()
+            if self._redis_away_since_s is None or failed_s > self._looked_s + ELSEWHERE_S:
+                self._redis_away_since_s = failed_s
+            if failed_s > self._redis_away_since_s + REDIS_AWAY_S:
                 raise
+        self._looked_s = time.monotonic()
         self._console.update(self.state)
 
     def beat(self) -> None:

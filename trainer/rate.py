@@ -14,7 +14,12 @@ class WindowedRate:
         self._totals: deque[tuple[float, int]] = deque()
 
     def add(self, now_s: float, total: int) -> float:
-        """Take the total of this moment; returns its growth a second since the beginning of the window."""
+        """Take the total of this moment; returns its growth a second since the beginning of the window.
+
+        The window begins anew with a total that has fallen: ranks went back to a checkpoint.
+        """
+        if self._totals and total < self._totals[-1][1]:
+            self._totals.clear()
         self._totals.append((now_s, total))
         while len(self._totals) > 2 and self._totals[1][0] <= now_s - self._window_s:
             self._totals.popleft()

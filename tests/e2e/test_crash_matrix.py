@@ -136,6 +136,28 @@ def test_part_that_is_killed_costs_time_and_nothing_else(
 
 @pytest.mark.timeout(2 * RUN_S)
 @pytest.mark.parametrize("tier", ["redis", "shm"])
+def test_all_parts_but_the_driver_killed_at_once_come_back_together(
+    slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, tier: str
+) -> None:
+    output_dir = tmp_path / "slipstream-demo"
+    command = slipstream(*DETERMINISTIC, "--no-dashboard", *NOTHING_MEASURED, f"replay.tier={tier}")
+    parts = [part for part in TOLD if part != "redis"]  # the new supervisor starts one
+    random.Random(f"{seed}/order").shuffle(parts)
+    for number, part in enumerate(parts):
+        if number == 0:
+            hit(command, output_dir, part, seed)
+        else:
+            assert kill(command.process.pid, part) is not None, f"there is no {part} to kill:\n{command.errors}"
+    summary = command.json(RUN_S)
+    command.assert_nothing_left(within_s=15)
+    assert_nothing_lost(summary, output_dir, undisturbed)
+    messages = [event["message"] for event in summary["events"]]
+    for part in parts:
+        assert any(TOLD[part] in message for message in messages), messages
+
+
+@pytest.mark.timeout(2 * RUN_S)
+@pytest.mark.parametrize("tier", ["redis", "shm"])
 @pytest.mark.parametrize(("part", "told"), [("shard", "lost its process; another one"), ("redis", "Redis is back")])
 def test_one_of_two_shards_that_is_killed_costs_no_sample_of_the_other(
     slipstream: Start, tmp_path: Path, undisturbed: dict[int, float], seed: int, tier: str, part: str, told: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 
 from evaluation.report import Report
 from services.contracts import Event, TargetState
+from services.errors import ReplayUnavailableError
 from services.telemetry import Journal
 from trainer import observer as observer_module
 from trainer.console import RunConsole
-from trainer.observer import Observer
+from trainer.observer import REDIS_AWAY_S, Observer
 
 SERVING = TargetState(index=0, state="serving", address="127.0.0.1:5000")
 
@@ -125,6 +127,46 @@ def test_events_of_driver_and_parts_are_recorded_alike(observer: Observer, parts
         {"kind": "event", "time_s": 6.0, "event": "restart", "message": "target 0 restarted"},
     ]
     assert [event.kind for event in observer.events] == ["skip", "restart"]
+
+
+@pytest.fixture
+def away(observer: Observer, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes Redis answer nothing from now on."""
+
+    def gone() -> list[Any]:
+        raise ReplayUnavailableError("Redis does not answer")
+
+    return lambda: monkeypatch.setattr(parts, "infos", gone)
+
+
+def test_redis_that_stays_away_ends_the_run(
+    observer: Observer, clock: SimpleNamespace, away: Callable[[], None]
+) -> None:
+    observer.look()
+    away()
+    for _ in range(int(REDIS_AWAY_S)):
+        clock.s += 1.0
+        observer.look()
+    clock.s += 1.1
+    with pytest.raises(ReplayUnavailableError):
+        observer.look()
+
+
+def test_time_in_which_the_driver_was_elsewhere_does_not_count_as_redis_away(
+    observer: Observer, parts: Parts, clock: SimpleNamespace, away: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away()
+    observer.look()
+    clock.s += 10 * REDIS_AWAY_S  # brought a part back between two looks
+    observer.look()
+
+    def slow() -> Parts:
+        clock.s += 10 * REDIS_AWAY_S  # and within one
+        return parts
+
+    monkeypatch.setattr(observer, "_progress", slow)
+    clock.s += 1.0
+    observer.look()
 
 
 VALUES: dict[str, Any] = dict.fromkeys(Report.model_fields, 0) | {
