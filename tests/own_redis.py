@@ -23,6 +23,9 @@ PASSWORD = "Xq7/p@ss:w#rd?&%"
 
 ADMIN_PASSWORD = "another-password-altogether"
 
+MOST_PORTS_TRIED = 5
+"""Between the look for a free port and Redis' start somebody else may take it."""
+
 RIGHTS = "~slipstream:* &* +@all -@dangerous +info"
 """What docs/security.md asks for."""
 
@@ -42,28 +45,41 @@ class OwnRedis:
 @contextlib.contextmanager
 def own_redis(folder: Path) -> Iterator[OwnRedis]:
     """Run a server with a default user whom nobody knows and one with `RIGHTS`."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:  # Redis cannot choose a port
-        port = probe.getsockname()[1]
+    for _ in range(MOST_PORTS_TRIED):
+        with socket.create_server(("127.0.0.1", 0)) as probe:  # Redis cannot choose a port
+            port = probe.getsockname()[1]
+        with _server(folder, port) as process:
+            if _comes_up(process, port):
+                yield OwnRedis(f"127.0.0.1:{port}")
+                return
+    raise AssertionError(f"Redis ended {MOST_PORTS_TRIED} times, see {folder / 'redis.log'}")
+
+
+def _comes_up(process: subprocess.Popen[str], port: int) -> bool:
+    wait_until(lambda: _answers(port) or process.poll() is not None, "an answer of Redis")
+    return process.poll() is None
+
+
+def _answers(port: int) -> bool:
+    client = redis.Redis(port=port, username=USER, password=PASSWORD)
+    with contextlib.closing(client), contextlib.suppress(redis.exceptions.RedisError):
+        return bool(client.ping())
+    return False
+
+
+@contextlib.contextmanager
+def _server(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     settings = (
         f'bind 127.0.0.1\nport {port}\nsave ""\ndir {folder}\nlogfile {folder / "redis.log"}\n'
         f"requirepass {ADMIN_PASSWORD}\nuser {USER} on >{PASSWORD} {RIGHTS}\n"
         "maxmemory 256mb\nmaxmemory-policy noeviction\n"
     )
     process = subprocess.Popen([find_server(), "-"], stdin=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    process.stdin.write(settings)
-    process.stdin.close()
     try:
-        client = redis.Redis(port=port, username=USER, password=PASSWORD)
-
-        def answers() -> bool:
-            with contextlib.suppress(redis.exceptions.ConnectionError):
-                return bool(client.ping())
-            return False
-
-        wait_until(answers, "an answer of Redis")
-        client.close()
-        yield OwnRedis(f"127.0.0.1:{port}")
+        assert process.stdin is not None
+        process.stdin.write(settings)
+        process.stdin.close()
+        yield process
     finally:
         process.kill()
         process.wait()

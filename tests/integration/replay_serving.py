@@ -27,8 +27,8 @@ SIGNATURE = TableSignature(fingerprint="f00d", layer_ids=(1, 3), hidden_size=8, 
 
 TOKENS = 6
 SAMPLE_BYTES = TOKENS * 32 + 2 * 16
-WAIT_S = 30.0
-QUICK = ServiceConfig(progress_s=5.0, max_wait_s=20.0)
+WAIT_S = 120.0
+PATIENT = ServiceConfig(progress_s=WAIT_S, max_wait_s=WAIT_S)
 
 _numbers = itertools.count()
 
@@ -60,7 +60,7 @@ def serving(
     embedded: EmbeddedRedis,
     *,
     samples: float = 4,
-    config: ServiceConfig = QUICK,
+    config: ServiceConfig = PATIENT,
     credentials: Credentials | None = None,
     prefix: str = "",
     address: str = "127.0.0.1:0",
@@ -100,7 +100,7 @@ def insert(producer: Producer, sample_id: int, tokens: int = TOKENS, **more: Any
 
 
 def take(client: ReplayClient, count: int = 1, *, wait_s: float = WAIT_S, **more: Any) -> list[ServedSample]:
-    return client.take(count=count, lease_s=60.0, wait_s=wait_s, **more)
+    return client.take(count=count, lease_s=600.0, wait_s=wait_s, **more)
 
 
 def assert_equal(sample: ServedSample) -> None:

@@ -12,7 +12,7 @@ from services.target.packing import CapturedFeatures
 from services.target.request import CaptureInputs
 
 WIDTH, VOCAB, LAYERS, MAX_TOKENS = 8, 50, 4, 256
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 CONFIG = TargetConfig(model="synthetic", num_gpus=0, max_concurrent_captures=4, batch_wait_ms=0)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from own_redis import PASSWORD, USER, own_redis, tls_in_front_of
 from replaying import failed, lease
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from services.contracts import CaptureJob, Chunk, Sample, TableSignature
 from services.errors import ReplayError, ReplayUnavailableError, UnknownSampleError, WireError
@@ -165,7 +165,7 @@ def test_threads_write_and_read_at_once(urls: dict[str, str], kind: str) -> None
     def write_and_read(capture: int) -> None:
         job = make_job(capture)
         admit(table, job)
-        both_write.wait(30)
+        both_write.wait(WAIT_S)
         check(table, write(table, job))
 
     with ThreadPoolExecutor(3) as pool:
@@ -348,6 +348,8 @@ def test_scripts_forgotten_amid_a_capture_cost_that_attempt(table: RedisTable, c
 def test_redis_at_its_maxmemory_says_what_to_raise(table: RedisTable, client: Client) -> None:
     job, limit = make_job(0), client.config_get("maxmemory")["maxmemory"]
     admit(table, job)
+    # Redis frees in the background what the tests before have removed.
+    wait_until(lambda: client.info("memory")["lazyfree_pending_objects"] == 0, "the memory of the samples before")
     client.config_set("maxmemory", client.info("memory")["used_memory"] + 2 * 1024**2)
     try:
         with pytest.raises(ReplayError, match=r"at its maxmemory .* Raise maxmemory"):
@@ -384,9 +386,11 @@ def test_refused_login_is_said_as_by_everything_else(urls: dict[str, str]) -> No
 def test_late_answer_is_not_taken_for_the_next(embedded: EmbeddedRedis, table: RedisTable, client: Client) -> None:
     admit(table, make_job(0))
     sample = write(table, make_job(0))
-    hasty_client = connect(embedded.url, timeout_s=3.0)
+    hasty_client = connect(embedded.url)
     hasty = RedisTable(hasty_client, PREFIX)
     check(hasty, sample)
+    (connection,) = hasty._chunks._connections._idle  # type: ignore[attr-defined]
+    connection._socket.settimeout(0.5)
     pid = client.info("server")["process_id"]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -433,10 +437,10 @@ def test_redis_killed_while_it_is_written_to(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(write_on)
-            assert sent.acquire(timeout=30)
+            assert sent.acquire(timeout=WAIT_S)
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(ReplayUnavailableError, match=r"does not answer: .* Check replay\.redis"):
-                writing.result(60)
+                writing.result(WAIT_S)
         wait_until(lambda: is_back(client), "the next Redis")
         table.create(CAPACITY_BYTES, SIGNATURE, max_times_sampled=1)
         admit(table, job)

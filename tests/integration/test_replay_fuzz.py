@@ -60,7 +60,7 @@ inserts = st.one_of(
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     with (
         EmbeddedRedis.start(tmp_path_factory.mktemp("redis"), 64 * 1024**2) as embedded,
-        serving(embedded, config=ServiceConfig(progress_s=5.0, max_wait_s=0.2)) as running,
+        serving(embedded, config=ServiceConfig(progress_s=WAIT_S, max_wait_s=0.2)) as running,
     ):
         yield running
 

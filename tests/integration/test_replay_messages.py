@@ -26,7 +26,8 @@ from services.wire import replay_pb2 as wire
 from services.wire import target_pb2 as target_wire
 
 EXAMPLES = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-ONE_AT_A_TIME = ServiceConfig(max_inserts=1, max_leases=1, progress_s=5.0, max_wait_s=0.05)
+CALL_S = 120.0
+ONE_AT_A_TIME = ServiceConfig(max_inserts=1, max_leases=1, progress_s=CALL_S, max_wait_s=0.05)
 """A single place that is not given back shows at the next call."""
 
 CLEAR = {
@@ -38,7 +39,6 @@ CLEAR = {
 }
 """And RESOURCE_EXHAUSTED, but only of a sample that is too large."""
 
-CALL_S = 20.0
 UINT32, UINT64 = 2**32 - 1, 2**64 - 1
 IDS = st.one_of(st.integers(0, 3), st.integers(0, UINT64))
 NUMBERS = st.one_of(st.integers(0, 4), st.integers(0, UINT32))
@@ -239,7 +239,7 @@ def test_bytes_that_are_no_grpc_do_no_harm(served: Serving, ask: Asking) -> None
     rng = random.Random(0)
     host, _, port = served.address.rpartition(":")
     for size in (1, 24, 1000, 100_000):
-        with socket.create_connection((host, int(port)), 10) as connection, contextlib.suppress(ConnectionError):
+        with socket.create_connection((host, int(port)), CALL_S) as connection, contextlib.suppress(ConnectionError):
             connection.sendall(rng.randbytes(size))
     ask.call("Info", b"")
 

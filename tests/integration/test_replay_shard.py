@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -55,7 +56,9 @@ SIGNATURE = TableSignature(fingerprint="f", layer_ids=(0, 2), hidden_size=4, dty
 PREFIX = "run"
 TOKENS = 5
 JOB_BYTES = TOKENS * 16 + 2 * 8
-WAIT_S = 20.0
+WAIT_S = 120.0
+LEASE_S = 600.0
+"""No lease ends while a test lasts, and no target that is real is found too slow."""
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +174,7 @@ class Setup:
         answers: Path | None = None,
         **config: object,
     ) -> None:
-        settings = {"capacity": 4 * JOB_BYTES, "chunk": 64, "pulls": 3, "lease_s": WAIT_S, **config}
+        settings = {"capacity": 4 * JOB_BYTES, "chunk": 64, "pulls": 3, "lease_s": LEASE_S, **config}
         self.config = ReplayConfig.model_validate(settings)
         self.targets = targets
         self.answers = answers
@@ -220,7 +223,7 @@ class Setup:
             rank=0,
             generation=0,
             count=count,
-            lease_s=WAIT_S,
+            lease_s=LEASE_S,
             **{"timeout_s": WAIT_S, **options},  # type: ignore[arg-type]
         )
 
@@ -237,6 +240,12 @@ class Setup:
 
         wait_until(drain, f"{count} outcomes")
         return sorted(found)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the shard has told since the last look, waiting until it is there: a shard that ends waits less."""
+        found: list[dict[str, Any]] = []
+        wait_until(lambda: found.extend(self.telemetry.read()) or found, "an event")
+        return found
 
 
 def test_sample_arrives_as_it_left_the_target(embedded: EmbeddedRedis, client: Client) -> None:
@@ -266,7 +275,14 @@ def test_sample_arrives_as_it_left_the_target(embedded: EmbeddedRedis, client: C
 
 
 def test_full_buffer_waits_and_loses_nothing(embedded: EmbeddedRedis, client: Client) -> None:
-    setup = Setup(embedded, client, {"a": FakeTarget(), "b": FakeTarget()}, reuse=2)
+    both_at_work = threading.Barrier(2)
+
+    def wait_for_the_other(job: CaptureJob, index: int) -> None:
+        if job.capture < 2 and index == 0:
+            both_at_work.wait(WAIT_S)
+
+    targets = {address: FakeTarget(fault=wait_for_the_other) for address in "ab"}
+    setup = Setup(embedded, client, targets, reuse=2)
     setup.table.create(setup.config.capacity, SIGNATURE, 2)
     for capture in range(30):
         setup.work.push(make_job(capture, reuse=2))
@@ -286,7 +302,7 @@ def test_full_buffer_waits_and_loses_nothing(embedded: EmbeddedRedis, client: Cl
     assert info.peak_bytes == 4 * JOB_BYTES == info.capacity_bytes
     assert (info.resident_bytes, info.inserts, info.samples, info.deletes) == (0, 30, 60, 30)
     assert setup.shard.stats().full_wait_s > 0
-    assert {target.asked[0][1] for target in setup.targets.values()} == {0}  # both had work
+    assert {target.asked[0][1] for target in targets.values()} == {0}  # both had work
     assert client.keys("run:chunk:*") == []
 
 
@@ -348,7 +364,7 @@ def test_capture_whose_bytes_redis_did_not_take_in_time_goes_back_at_once(
     setup = Setup(embedded, client, {"a": FakeTarget(fault=time_out_once)})
     with setup.running():
         setup.work.push(make_job(0))
-        (lease,) = setup.lease(timeout_s=WAIT_S / 2)
+        (lease,) = setup.lease()
         assert lease.sample.job.attempt == 1
         assert torch.equal(setup.reader.fetch(lease).context, features(make_job(0))[0])
     assert setup.targets["a"].asked == [(0, 0), (0, 1)]
@@ -398,7 +414,7 @@ def test_bad_checksum_is_captured_again(
         assert lease.sample.job.attempt == 1
         assert torch.equal(setup.reader.fetch(lease).last, features(make_job(0))[1])
     assert setup.targets["a"].asked == [(0, 0), (0, 1)]
-    assert any("checksum" in record["message"] for record in setup.telemetry.read())
+    assert any("checksum" in record["message"] for record in setup.events())
 
 
 def test_capture_that_no_target_can_serve_is_skipped_with_its_reason(embedded: EmbeddedRedis, client: Client) -> None:
@@ -520,9 +536,9 @@ def test_shard_makes_the_table_anew_after_redis_restarted_empty(tmp_path: Path) 
             wait_until(lambda: setup.table.generation() == 4, "the generation")
             setup.registry.publish(["a"], time.time() + 1000)
             setup.work.push(make_job(0))
-            (lease,) = setup.reader.lease(rank=0, generation=4, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+            (lease,) = setup.reader.lease(rank=0, generation=4, count=1, lease_s=LEASE_S, timeout_s=WAIT_S)
             assert torch.equal(setup.reader.fetch(lease).context, features(make_job(0))[0])
-        (record,) = setup.telemetry.read()
+        (record,) = setup.events()
         assert (record["kind"], record["event"]) == ("event", "redis")
         assert "empty: what it held is captured again" in record["message"]
 
@@ -533,9 +549,7 @@ def test_shard_that_takes_over_says_that_redis_restarted_empty_before_it(
     setup = Setup(embedded, client, {})
     with setup.running():
         wait_until(lambda: setup.table.incarnation() is not None, "a table")
-    assert [record["message"] for record in setup.telemetry.read()] == [
-        "Redis is back, empty: what it held is captured again"
-    ]
+    assert [record["message"] for record in setup.events()] == ["Redis is back, empty: what it held is captured again"]
     setup.shard = setup.new_shard()
     with setup.running():
         setup.work.push(make_job(0))
@@ -643,7 +657,7 @@ def test_real_target_over_grpc_gives_its_own_hidden_states(
     ]
     target_config = TargetConfig(model=str(tiny_target), dtype="float32", num_gpus=0, threads=1)
     server = serve(TransformersEngine(target_config), target_config)
-    config = ReplayConfig.model_validate({"capacity": "40KB", "chunk": 1024, "pulls": 3, "lease_s": WAIT_S})
+    config = ReplayConfig.model_validate({"capacity": "40KB", "chunk": 1024, "pulls": 3, "lease_s": LEASE_S})
     shard = ReplayShard(embedded.url, PREFIX, config, signature)
     table, work = RedisTable(client, PREFIX), WorkQueue(client, PREFIX)
     reader = ReplayReader(embedded.url, PREFIX, signature)
@@ -655,7 +669,7 @@ def test_real_target_over_grpc_gives_its_own_hidden_states(
     samples = {}
     try:
         for _ in range(5):
-            leases = reader.lease(rank=0, generation=0, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+            leases = reader.lease(rank=0, generation=0, count=1, lease_s=LEASE_S, timeout_s=WAIT_S)
             sample = reader.fetch(leases[0])
             samples[sample.lease.sample.job.capture] = sample
             reader.ack(leases, 0)

@@ -7,11 +7,20 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from waiting import WAIT_S, wait_until
 
 from services import telemetry
 from services.replay.connect import Client, connect
 from services.replay.embedded import EmbeddedRedis
 from services.telemetry import TelemetryReader, TelemetryWriter
+
+HANGS_S = 3600.0
+
+
+@pytest.fixture(autouse=True)
+def patient_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer's last records arrive, however slow the machine."""
+    monkeypatch.setattr(telemetry, "CLOSE_TIMEOUT_S", WAIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +58,17 @@ def test_blocking_read_ends_with_the_next_record(client: Client) -> None:
     reader = TelemetryReader(client, "run")
     assert reader.read(block_ms=20) == []
     records: list[dict[str, object]] = []
-    waiting = threading.Thread(target=lambda: records.extend(reader.read(block_ms=5000)))
+
+    def read() -> None:
+        while not records:
+            records.extend(reader.read(block_ms=5000))
+
+    waiting = threading.Thread(target=read)
     waiting.start()
+    wait_until(lambda: client.info("clients")["blocked_clients"] == 1, "the blocking read")
     with TelemetryWriter(client, "run") as writer:
         writer.emit("step", step=3)
-    waiting.join(10)
+    waiting.join(WAIT_S)
     assert [record["step"] for record in records] == [3]
 
 
@@ -80,21 +95,23 @@ def test_stream_keeps_the_newest_records(client: Client, monkeypatch: pytest.Mon
     assert [record["number"] for record in reader.read()] == list(range(900 - kept, 900))
 
 
-def test_records_are_dropped_and_counted_while_redis_hangs(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_dropped_and_counted_while_redis_hangs(
+    embedded: EmbeddedRedis, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(telemetry, "QUEUE_RECORDS", 5)
-    with TelemetryWriter(client, "run") as writer:
-        client.client_pause(60_000, all=False)  # writes hang
+    patient = connect(embedded.url, timeout_s=HANGS_S)
+    with TelemetryWriter(patient, "run") as writer:
+        client.client_pause(int(HANGS_S * 1000), all=False)  # writes hang
         try:
-            began = time.monotonic()
-            for number in range(100):
-                writer.emit("step", number=number)
-            assert time.monotonic() - began < 5  # had one emit waited for Redis, it would have waited 10 s
-            assert writer.num_dropped in (94, 95)  # five wait, and one may be with the thread
+            writer.emit("step", number=0)
+            wait_until(writer._queue.empty, "the thread to take the first record")
+            for number in range(1, 100):
+                writer.emit("step", number=number)  # one that waited for Redis would wait for ever
+            assert writer.num_dropped == 94, "one is with the thread, and five wait"
         finally:
             client.client_unpause()
-    assert [record["number"] for record in TelemetryReader(client, "run").read()] == list(
-        range(100 - writer.num_dropped)
-    )
+    assert [record["number"] for record in TelemetryReader(client, "run").read()] == list(range(6))
+    patient.close()
 
 
 def test_redis_that_is_gone_costs_records_and_nothing_else(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -25,7 +25,7 @@ from services.wire import target_pb2_grpc as wire_grpc
 DTYPES: tuple[WireDtype, ...] = ("bf16", "fp16", "fp32", "fp8_e4m3")
 LAYER_IDS, HIDDEN_SIZE, NUM_TOKENS, LAST_ROWS = (0, 2), 6, 7, (2, 5, 6)
 WIDTHS: dict[TensorName, int] = {"context": len(LAYER_IDS) * HIDDEN_SIZE, "last": HIDDEN_SIZE}
-WAIT_S = 30.0
+WAIT_S = 120.0
 JOB = CaptureJob(
     capture=2**40,
     attempt=3,
