@@ -15,6 +15,9 @@ from services.security import Credentials, is_loopback
 
 AUTHORIZATION = "authorization"
 
+HUNG_UP = ("Socket closed", "Connection reset", "Broken pipe")
+"""What gRPC says of an end that hung up, by how much of what was sent that end had read."""
+
 PROBE_TIMEOUT_S = 10.0
 """How long a client that was cut off tries whether the other end speaks TLS."""
 
@@ -103,8 +106,8 @@ def why_refused(error: grpc.RpcError, address: str, credentials: Credentials) ->
         )
     if "WRONG_VERSION_NUMBER" in details:
         return "it speaks no TLS, and a certificate was given here: connect without, or start it with one"
-    # gRPC only says that the other end hung up.
-    if credentials.certificate is None and "Socket closed" in details and _speaks_tls(address):
+    has_hung_up = any(words in details for words in HUNG_UP)
+    if credentials.certificate is None and has_hung_up and _speaks_tls(address):
         return "it speaks TLS, and no certificate was given here: give the certificate that the server was started with"
     return None
 

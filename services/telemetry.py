@@ -38,7 +38,8 @@ MOST_RECORDS = 10_000
 QUEUE_RECORDS = 1_000
 """Records that may wait in a process."""
 
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 20.0
+"""How long a process that ends still sends what is queued; on a busy machine that takes seconds."""
 
 BLOCK_MS_LIMIT = 5_000
 """Longest blocking read; the connection's own time-out must not pass first."""
@@ -156,7 +157,7 @@ class TelemetryWriter:
             self._drop()
 
     def close(self) -> None:
-        """Send what is queued, for at most two seconds, and end the thread. Again: nothing happens."""
+        """Send what is queued, for at most `CLOSE_TIMEOUT_S`, and end the thread. Again: nothing happens."""
         if self._closed.is_set():
             return
         self._closed.set()

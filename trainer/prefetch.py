@@ -209,10 +209,14 @@ class Prefetcher(Generic[Batch]):
 
     def _ask_lease(self, step: int) -> StepLease | None:
         """The lease of a step, however long the run is paused before it; None if the thread shall stop."""
+        is_paused = False
         while not self._room.closed.is_set():
             asked_s = time.perf_counter()
             try:
                 return self._coordinator.step_lease(step)
             except PausedError:
-                self._paused_s += time.perf_counter() - asked_s
+                is_paused = True
+            finally:
+                if is_paused:  # the answer that the run goes on ends a wait for that, too
+                    self._paused_s += time.perf_counter() - asked_s
         return None

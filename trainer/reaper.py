@@ -28,7 +28,7 @@ MARK = "SLIPSTREAM_LOCAL_RAY"
 
 GRACE_S = 5.0
 KILLING_S = 10.0
-"""How long it keeps killing: a process that is just being started may be seen later."""
+"""How long it keeps killing, from the first time on: a process that is just being started may be seen later."""
 
 POLL_S = 0.2
 
@@ -75,12 +75,20 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` sends one to every process below the driver
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    ended_s = time.monotonic()
-    while (left := marked(mark)) and time.monotonic() < ended_s + GRACE_S + KILLING_S:
-        if time.monotonic() >= ended_s + GRACE_S:
+    end_marked(mark)
+
+
+def end_marked(mark: str) -> None:
+    """Give the processes that carry a mark `GRACE_S` to end by themselves, and kill the rest."""
+    grace_ends_s = time.monotonic() + GRACE_S
+    killing_ends_s: float | None = None
+    while (left := marked(mark)) and (killing_ends_s is None or time.monotonic() < killing_ends_s):
+        if time.monotonic() >= grace_ends_s:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
+            # On a busy machine looking for them may have taken long.
+            killing_ends_s = killing_ends_s or time.monotonic() + KILLING_S
         time.sleep(POLL_S)
 
 

@@ -44,7 +44,7 @@ POST_S = 1.0
 TAKE_WAIT_S = 10.0
 """How long one call for requests stays with the desk."""
 
-NAME_FREE_S = 30.0
+NAME_FREE_S = 90.0
 """Ray may need so long to notice that the driver of the attempt before has died."""
 
 ANSWER_TIMEOUT_S = 5.0

@@ -14,8 +14,9 @@ from services.errors import ClusterError
 
 AUTO = "auto"
 
-PROBE_TIMEOUT_S = 5.0
-"""How long the head of a cluster may take to answer."""
+PROBE_TIMEOUT_S = 30.0
+"""How long the head of a cluster may take to answer, and its machine may be busy; where nobody listens that shows at
+once."""
 
 _PROBE = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """A call that every Ray head answers, and whose request may be empty."""

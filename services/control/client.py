@@ -30,7 +30,7 @@ from services.control.wire import pack_request, unpack_reply
 from services.errors import DeadlineError, SlipstreamError, UsageError
 from services.reading import first_fault, read_json
 
-STATUS_TIMEOUT_S = 10.0
+STATUS_TIMEOUT_S = 60.0
 """A desk answers at once; this is for a machine that is busy."""
 
 REPLY_TIMEOUT_S = 60.0

@@ -14,8 +14,8 @@ from typing import Self
 
 from services.errors import SlipstreamError
 
-START_TIMEOUT_S = 30.0
-"""Importing the web server takes a second on an idle machine; a run's start is not idle."""
+START_TIMEOUT_S = 120.0
+"""Importing the web server takes a second on an idle machine; a run's start is not idle, and it does not wait."""
 
 CLOSE_TIMEOUT_S = 5.0
 

@@ -95,7 +95,7 @@ class TargetClient:
     ) -> None:
         self.close()
 
-    def describe(self, timeout_s: float = 10.0) -> TargetDescription:
+    def describe(self, timeout_s: float = 30.0) -> TargetDescription:
         """Ask the target what it is.
 
         Raises:

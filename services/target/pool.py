@@ -27,7 +27,8 @@ from services.target.listening import Listening
 from services.target.replica import MOST_QUARANTINES, QUARANTINES_S, Replica, choose_to_end
 
 PLACEMENT_TIMEOUT_S = 60.0
-"""How long Ray may take to place an actor and start its process; nothing heavy is imported until then."""
+"""A target of a run's start that is not placed by then, because a resource is taken, ends the run. Where nothing is
+missing its process is still being started, which on a busy machine takes as long."""
 
 PING_EVERY_S = 1.0
 """How often every target is asked, and the addresses of those that answer are published."""
@@ -113,7 +114,7 @@ class TargetPool:
             The targets' addresses.
 
         Raises:
-            PlacementError: Ray could not place a target within PLACEMENT_TIMEOUT_S.
+            PlacementError: Ray could not place a target within PLACEMENT_TIMEOUT_S for want of a resource.
             TargetError: A target failed to load, or targets differ.
             DeadlineError: A target is still loading at the deadline.
         """
@@ -262,7 +263,7 @@ class TargetPool:
                     raise replica.failure
             unplaced = [replica for replica in first if not replica.is_placed]
             if any(now - replica.asked_s >= PLACEMENT_TIMEOUT_S for replica in unplaced):
-                raise self._placement_error([replica.index for replica in unplaced])
+                self._check_resources([replica.index for replica in unplaced])
             waiting = [replica.index for replica in first if replica.address is None]
             if waiting and now >= deadline:
                 raise DeadlineError(
@@ -271,13 +272,15 @@ class TargetPool:
                 )
         return not waiting
 
-    def _placement_error(self, unplaced: list[int]) -> PlacementError:
+    def _check_resources(self, unplaced: list[int]) -> None:
+        """Raise `PlacementError` if targets that are not placed wait for a resource."""
         why = self._config.ask.why_not_now(alive_nodes(), ray.available_resources())
-        return PlacementError(
-            f"targets {unplaced} of {len(self._replicas)} were not placed within {PLACEMENT_TIMEOUT_S:.0f} s: each "
-            f"asks for {why or 'nothing that is missing, so its process did not start in time'}. Lower "
-            "target.replicas or what each target asks for (target.num_gpus, num_cpus, resources, labels), or add nodes"
-        )
+        if why:
+            raise PlacementError(
+                f"targets {unplaced} of {len(self._replicas)} were not placed within {PLACEMENT_TIMEOUT_S:.0f} s: each "
+                f"asks for {why}. Lower target.replicas or what each target asks for (target.num_gpus, num_cpus, "
+                "resources, labels), or add nodes"
+            )
 
     def _watch(self) -> None:
         try:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from waiting import wait_until
 
-from trainer.reaper import GRACE_S, Reaper
+from trainer import reaper as reaper_module
+from trainer.reaper import GRACE_S, MARK, Reaper, end_marked
 
 SLEEPER = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"]
 
@@ -45,6 +50,15 @@ def test_what_a_killed_driver_leaves_is_ended(tmp_path: Path, bystander: subproc
     assert bystander.poll() is None
 
 
+def test_reaper_that_stood_still_for_all_its_time_kills_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = subprocess.Popen(SLEEPER, env={**os.environ, MARK: "stood-still"})
+    hours_s = itertools.count(0.0, 3600.0)
+    clock = SimpleNamespace(monotonic=lambda: next(hours_s), sleep=time.sleep)
+    monkeypatch.setattr(reaper_module, "time", clock)
+    end_marked("stood-still")
+    assert left.wait(timeout=60) < 0
+
+
 def test_process_started_outside_the_mark_lives_on(bystander: subprocess.Popen[bytes]) -> None:
     with Reaper() as reaper:
         with reaper.marking():
@@ -58,5 +72,9 @@ def test_process_started_outside_the_mark_lives_on(bystander: subprocess.Popen[b
 
 def test_process_that_ends_in_the_time_of_grace_is_left_alone() -> None:
     with Reaper() as reaper, reaper.marking():
-        ending = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({GRACE_S / 5})"])
+        script = f"import time; print(flush=True); time.sleep({GRACE_S / 5})"
+        ending = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert ending.stdout is not None
+        ending.stdout.readline()
+        ending.stdout.close()
     assert ending.wait(timeout=60) == 0

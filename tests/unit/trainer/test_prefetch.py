@@ -1,7 +1,7 @@
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from waiting import wait_until
@@ -227,6 +227,42 @@ def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
         assert paused_s > 0.2, "the loop stood still"
         assert batches.take_wait_s() < paused_s / 2
         assert batches.take_paused_s() == 0.0
+
+
+def test_late_answer_that_the_run_goes_on_is_part_of_the_pause() -> None:
+    taking = threading.Event()
+
+    class LateAnswer(Steps):
+        def step_lease(self, step: int) -> StepLease:
+            if step == 2 and not refused:
+                refused.append(step)
+                raise PausedError("the run is paused")
+            if step == 2:
+                assert taking.wait(DEADLINE_S)
+                began_s = time.perf_counter()
+                wait_until(lambda: time.perf_counter() > began_s + 0.2, "an answer that takes its time")
+            return super().step_lease(step)
+
+    class Queue:
+        """Tells when the loop asks for something."""
+
+        def __init__(self, plain: Any) -> None:
+            self.put, self._plain = plain.put, plain
+
+        def get(self) -> Any:
+            taking.set()
+            return self._plain.get()
+
+    refused: list[int] = []
+    with Prefetcher(LateAnswer(1, 1), Counter().load, depth_bytes=MIB, first_step=1, rank=0) as batches:
+        steps = batches.steps()
+        _, first = next(steps)
+        assert numbers(first) == [0]
+        batches.take_wait_s()
+        batches._queue = Queue(batches._queue)  # type: ignore[assignment]
+        _, second = next(steps)
+        assert numbers(second) == [1]
+        assert batches.take_paused_s() > 0.2
 
 
 def test_paused_prefetcher_stops_at_once() -> None:
