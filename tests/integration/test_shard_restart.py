@@ -38,12 +38,16 @@ REUSE = 2
 LONGEST = 40
 CAPACITY_BYTES = 6 * LONGEST * (SIGNATURE.context_row_bytes + SIGNATURE.last_row_bytes)
 CONFIG = ReplayConfig.model_validate(
-    {"capacity": CAPACITY_BYTES, "chunk": 128, "pulls": 4, "reuse": REUSE, "lease_s": 60.0}
+    {"capacity": CAPACITY_BYTES, "chunk": 128, "pulls": 4, "reuse": REUSE, "lease_s": 600.0}
 )
 
 NUM_CAPTURES = 300
 NUM_KILLS = 12
-WAIT_S = 60.0
+STUCK_EVERY = 6
+"""Of so many captures one sticks in its first attempt until its shard is killed. All pulls do after a while, and a kill
+frees one capture a pull: the captures outlast the kills, however late those come."""
+
+WAIT_S = 120.0
 
 
 def make_job(capture: int) -> CaptureJob:
@@ -70,6 +74,7 @@ class SyntheticTarget:
     """Gives features as fast as they are taken, but for a moment between chunks in which a kill can come."""
 
     pause_s = 0.002
+    sticks = False
 
     def describe(self, timeout_s: float) -> TargetDescription:
         return TargetDescription(
@@ -100,6 +105,8 @@ class SyntheticTarget:
             data, step = rows.view(torch.uint8).numpy().tobytes(), max(1, chunk_bytes // row_bytes)
             for start in range(0, len(rows), step):
                 time.sleep(self.pause_s)
+                if self.sticks and job.attempt == 0 and job.capture % STUCK_EVERY == STUCK_EVERY - 1:
+                    threading.Event().wait()
                 end = min(start + step, len(rows))
                 payload = data[start * row_bytes : end * row_bytes]
                 chunk = {"tensor": tensor, "row_start": start, "row_end": end, "num_bytes": len(payload)}
@@ -109,9 +116,15 @@ class SyntheticTarget:
         pass
 
 
-def run_shard(url: str) -> None:
+class StickingTarget(SyntheticTarget):
+    """Gives some captures to the next shard alone."""
+
+    sticks = True
+
+
+def run_shard(url: str, target: type[SyntheticTarget]) -> None:
     """Entry of a shard's own process."""
-    ReplayShard(url, PREFIX, CONFIG, SIGNATURE, connect_target=lambda address: SyntheticTarget()).run()
+    ReplayShard(url, PREFIX, CONFIG, SIGNATURE, connect_target=lambda address: target()).run()
 
 
 @pytest.fixture
@@ -133,7 +146,7 @@ class Trainer(threading.Thread):
     def run(self) -> None:
         try:
             while sum(self.trained.values()) < NUM_CAPTURES * REUSE:
-                (lease,) = self.reader.lease(rank=0, generation=0, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+                (lease,) = self.reader.lease(rank=0, generation=0, count=1, lease_s=600.0, timeout_s=WAIT_S)
                 sample = self.reader.fetch(lease)
                 wanted = features(lease.sample.job)
                 assert torch.equal(sample.context, wanted[0])
@@ -159,19 +172,18 @@ def test_shard_killed_again_and_again_captures_all_once_and_leaks_nothing(embedd
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["services.replay.shard", "torch"])
 
-    def start() -> Any:
-        process = processes.Process(target=run_shard, args=(embedded.url,), daemon=True)
+    def start(target: type[SyntheticTarget]) -> Any:
+        process = processes.Process(target=run_shard, args=(embedded.url, target), daemon=True)
         process.start()
         return process
 
-    shard = start()
+    shard = start(StickingTarget)
     trainer = Trainer(embedded.url, seed)
     wait_until(lambda: table.incarnation() is not None, "a table")
     trainer.start()
-    kills = interrupted = 0
+    before = kills = interrupted = 0
     try:
         while kills < NUM_KILLS and trainer.is_alive():
-            before = table.info().inserts
             wait_until(lambda: table.info().inserts > before, "a capture after the restart")  # noqa: B023
             time.sleep(chance.uniform(0.0, 0.08))
             assert audit_table(client, PREFIX) == [], "at work"
@@ -180,11 +192,12 @@ def test_shard_killed_again_and_again_captures_all_once_and_leaks_nothing(embedd
             kills += 1
             interrupted += table.info().num_inserting
             assert audit_table(client, PREFIX) == [], "after the kill"
-            shard = start()
+            before = table.info().inserts
+            shard = start(StickingTarget if kills < NUM_KILLS else SyntheticTarget)
         trainer.join(2 * WAIT_S)
         wait_until(lambda: table.info().num_inserting == 0, "the end of the captures")
     finally:
-        os.kill(shard.pid, signal.SIGKILL)
+        shard.kill()
         shard.join(WAIT_S)
     if trainer.failure is not None:
         raise trainer.failure
@@ -313,6 +326,7 @@ def run_until_killed_or_done(url: str, cut_off: CutOff, table: RedisTable, monke
     if shards:
         shards[0].stop()
     thread.join(WAIT_S)
+    assert not thread.is_alive(), "the shard did not stop"
     return bool(deaths) and not is_done(table)
 
 

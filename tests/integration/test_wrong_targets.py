@@ -6,11 +6,13 @@ it is replaced by one that is well, and every capture must be made there. Nothin
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -19,7 +21,7 @@ from waiting import wait_until
 
 from services.checksum import crc32c
 from services.codec import byte_view
-from services.contracts import CaptureJob, SampleLease, TableSignature, TargetDescription
+from services.contracts import CaptureJob, Chunk, SampleLease, TableSignature, TargetDescription
 from services.replay import shard as shard_module
 from services.replay import targets as targets_module
 from services.replay.audit import audit_table
@@ -32,6 +34,7 @@ from services.replay.shard import ReplayShard
 from services.replay.table import RedisTable
 from services.replay.work import WorkQueue
 from services.target.chunking import cut
+from services.target.client import TargetClient
 from services.target.config import TargetConfig
 from services.target.packing import CapturedFeatures
 from services.target.request import DTYPE_TO_WIRE, SERVICE, TENSOR_TO_WIRE, CaptureInputs
@@ -44,9 +47,9 @@ PREFIX = "run"
 TOKENS = 6
 NUM_CAPTURES = 8
 PULLS = 3
-WAIT_S = 30.0
+WAIT_S = 120.0
 PATIENCE_S = 1.5
-"""Of a shard whose target says nothing. Any other waits for as long as a busy machine may need."""
+"""Of a shard with a target that says nothing; for any other it waits as long as a busy machine may need."""
 
 Chunks = list[wire.FeatureChunk]
 Lie = Callable[[Chunks, grpc.ServicerContext], Iterator[bytes]]
@@ -272,10 +275,17 @@ def start_target() -> Iterator[Callable[..., Target]]:
         target.server.stop(0).wait()
 
 
+class PatientClient(TargetClient):
+    """Whatever the shard's patience."""
+
+    def capture(self, job: CaptureJob, **options: Any) -> Iterator[tuple[Chunk, memoryview]]:
+        return super().capture(job, **(options | {"first_chunk_s": WAIT_S, "progress_s": WAIT_S}))
+
+
 class Run:
     """A shard at work on eight captures, with the driver's and the trainer's part played by the test."""
 
-    def __init__(self, embedded: EmbeddedRedis, client: Client, capacity: int = 4, patience_s: float = WAIT_S) -> None:
+    def __init__(self, embedded: EmbeddedRedis, client: Client, *, silent: Target | None = None) -> None:
         self.client = client
         self.table, self.work = RedisTable(client, PREFIX), WorkQueue(client, PREFIX)
         self.registry = TargetRegistry(client, PREFIX)
@@ -284,15 +294,19 @@ class Run:
         num_bytes = SIGNATURE.reserved_bytes(make_job(0))
         config = ReplayConfig.model_validate(
             {
-                "capacity": capacity * num_bytes,
+                "capacity": 4 * num_bytes,
                 "chunk": 32 + shard_module.STORED_VALUE_OVERHEAD_BYTES,
                 "pulls": PULLS,
-                "lease_s": 2 * WAIT_S,
-                "first_chunk_s": patience_s,
-                "progress_s": patience_s,
+                "lease_s": 5 * WAIT_S,
+                "first_chunk_s": PATIENCE_S if silent and silent.lie is never else WAIT_S,
+                "progress_s": PATIENCE_S if silent and silent.lie is hang_in_mid_stream else WAIT_S,
             }
         )
-        self.shard = ReplayShard(embedded.url, PREFIX, config, SIGNATURE)
+
+        def connect_target(address: str) -> TargetClient:
+            return TargetClient(address) if silent and address == silent.address else PatientClient(address)
+
+        self.shard = ReplayShard(embedded.url, PREFIX, config, SIGNATURE, connect_target=connect_target)
         for capture in range(NUM_CAPTURES):
             self.work.push(make_job(capture))
         self.trained: list[int] = []
@@ -330,7 +344,7 @@ class Run:
             self.trained.append(capture)
 
     def lease(self) -> list[SampleLease]:
-        return self.reader.lease(rank=0, generation=0, count=1, lease_s=WAIT_S, timeout_s=WAIT_S)
+        return self.reader.lease(rank=0, generation=0, count=1, lease_s=5 * WAIT_S, timeout_s=WAIT_S)
 
     def events(self) -> str:
         return "\n".join(record["message"] for record in self.telemetry.read())
@@ -375,16 +389,12 @@ LIES: dict[str, tuple[Lie, str]] = {
 }
 
 
-def patience_with(lie: Lie) -> float:
-    """How long to wait for a target that lies so."""
-    return PATIENCE_S if lie in (never, hang_in_mid_stream) else WAIT_S
-
-
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets_module, "LONGEST_PAUSE_S", 0.1)
     monkeypatch.setattr(targets_module, "FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr(shard_module, "SHUN_S", 0.2)
+    monkeypatch.setattr(targets_module, "DESCRIBE_TIMEOUT_S", WAIT_S)
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -393,7 +403,7 @@ def test_only_target_answers_wrongly(
 ) -> None:
     lie, says = LIES[name]
     wrong, well = start_target(lie), start_target()
-    run = Run(embedded, client, patience_s=patience_with(lie))
+    run = Run(embedded, client, silent=wrong)
     run.publish(wrong)
     with run.running():
         reason = run.wait_for_verdict(wrong)
@@ -434,13 +444,15 @@ def test_only_target_is_no_target_of_this_run(
     start_target: Callable[..., Target],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(targets_module, "DESCRIBE_TIMEOUT_S", PATIENCE_S if describe is never_describe else WAIT_S)
+    if describe is never_describe:
+        monkeypatch.setattr(targets_module, "DESCRIBE_TIMEOUT_S", PATIENCE_S)
     wrong, well = start_target(describe=describe), start_target()
     run = Run(embedded, client)
     run.publish(wrong)
     with run.running():
         assert says in run.wait_for_verdict(wrong)
         assert wrong.asked == [], "refused before the first insert"
+        monkeypatch.setattr(targets_module, "DESCRIBE_TIMEOUT_S", WAIT_S)
         run.publish(well)
         run.train(NUM_CAPTURES)
         run.check_nothing_leaked()
@@ -452,8 +464,9 @@ def test_wrong_target_beside_one_that_is_well_costs_nothing_but_time(
     name: str, embedded: EmbeddedRedis, client: Client, start_target: Callable[..., Target]
 ) -> None:
     lie, says = LIES[name]
-    wrong, well = start_target(lie), start_target(slowly)
-    run = Run(embedded, client, patience_s=patience_with(lie))
+    wrong, well = start_pair(start_target)
+    wrong.lie, well.lie = lie, slowly
+    run = Run(embedded, client, silent=wrong)
     for capture in range(NUM_CAPTURES, 4 * NUM_CAPTURES):
         run.work.push(make_job(capture))
     run.publish(wrong, well)
@@ -465,6 +478,12 @@ def test_wrong_target_beside_one_that_is_well_costs_nothing_but_time(
         run.check_nothing_leaked()
     assert sorted(run.trained) == list(range(4 * NUM_CAPTURES))
     assert {outcome.kind for outcome in run.table.drain_outcomes()} == {"committed"}
+
+
+def start_pair(start_target: Callable[..., Target]) -> tuple[Target, Target]:
+    """Two targets; where both are idle the shard asks the first one."""
+    first, second = sorted((start_target(), start_target()), key=lambda target: target.address)
+    return first, second
 
 
 def slowly(chunks: Chunks, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -490,11 +509,24 @@ def nan_for(*captures: int, status: grpc.StatusCode | None = None) -> Lie:
 def test_prompt_that_gives_nan_everywhere_is_skipped_and_no_target_is_blamed(
     num_targets: int, embedded: EmbeddedRedis, client: Client, start_target: Callable[..., Target]
 ) -> None:
-    targets = [start_target(nan_for(3)) for _ in range(num_targets)]
+    asked_again, others_done = threading.Event(), threading.Event()
+    num_asked = itertools.count(1)
+
+    def nan_again_when_others_were_well(chunks: Chunks, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if chunks[0].sample_id == 3 and next(num_asked) == 2:
+            asked_again.set()
+            assert others_done.wait(WAIT_S)
+        if chunks[0].sample_id == NUM_CAPTURES - 1:
+            assert asked_again.wait(WAIT_S)
+        return nan_for(3)(chunks, context)
+
+    targets = [start_target(nan_again_when_others_were_well) for _ in range(num_targets)]
     run = Run(embedded, client)
     run.publish(*targets)
     with run.running():
         run.train(NUM_CAPTURES - 1)
+        wait_until(lambda: run.shard.stats().num_in_flight == 1, "the end of the other captures")
+        others_done.set()
         run.check_nothing_leaked()
     assert sorted(run.trained) == [0, 1, 2, 4, 5, 6, 7]
     assert run.publish(*targets) == {}
@@ -529,8 +561,8 @@ def test_prompt_that_gives_nan_again_after_the_only_target_restarted_is_skipped(
 def test_target_that_refuses_what_another_one_takes_is_quarantined(
     embedded: EmbeddedRedis, client: Client, start_target: Callable[..., Target]
 ) -> None:
-    wrong = start_target(nan_for(*range(100), status=grpc.StatusCode.INVALID_ARGUMENT))
-    well = start_target(slowly)
+    wrong, well = start_pair(start_target)
+    wrong.lie, well.lie = nan_for(*range(100), status=grpc.StatusCode.INVALID_ARGUMENT), slowly
     run = Run(embedded, client)
     run.publish(wrong, well)
     with run.running():

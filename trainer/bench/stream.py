@@ -67,8 +67,8 @@ SETTLE_S = 1.0
 """After the disk way the kernel still works on what was written and removed."""
 
 WARM_SAMPLES = 2
-LEASE_S = 60.0
-WAIT_S = 60.0
+LEASE_S = 600.0
+WAIT_S = 300.0
 MB = 1e6
 GB = 1e9
 
