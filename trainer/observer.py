@@ -21,7 +21,7 @@ from trainer.rate import WindowedRate
 FIGURES_S = 1.0
 """How often the coordinator is asked for the ledger's figures and the table for its bytes."""
 
-REDIS_AWAY_S = 60.0
+REDIS_AWAY_S = 180.0
 """How long Redis, or the table in it, may be away; both are brought back within seconds."""
 
 ELSEWHERE_S = 20.0

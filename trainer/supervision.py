@@ -16,7 +16,7 @@ RESTART_WINDOW_S = 600.0
 PASSING = (NotBegunError, PartDiedError, ReplayUnavailableError, TableLostError)
 """What a part meets while another one is being brought back."""
 
-PASSING_DEADLINE_S = 90.0
+PASSING_DEADLINE_S = 180.0
 RETRY_S = 0.2
 
 Answer = TypeVar("Answer")

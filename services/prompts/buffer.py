@@ -16,7 +16,7 @@ from services.contracts import CaptureJob, Outcome
 from services.errors import ReplayError, ReplayUnavailableError, TableLostError
 from services.replay.links import ShardLink
 
-AWAY_S = 60.0
+AWAY_S = 180.0
 """How long a Redis, or the table in it, may be away; its supervisor and the shard bring both back within seconds."""
 
 AWAY_FACTOR = 2.0

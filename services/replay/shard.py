@@ -60,8 +60,9 @@ SHUN_S = 1.0
 """A capture goes back to a target that failed it so much later, if there is no other: in the meantime captures of other
 prompts may show whether the target is well."""
 
-RECONNECT_S = 30.0
-"""How long Redis may be away; the supervisor restarts an embedded one within a second."""
+RECONNECT_S = 180.0
+"""How long Redis may be away. An embedded one is back within a second; but where its supervisor was killed too, a busy
+machine takes most of a minute to start both."""
 
 RESTARTED_EMPTY = "empty: what it held is captured again"
 
@@ -145,7 +146,7 @@ class ReplayShard:
 
         Raises:
             SignatureError: The table holds something else.
-            ReplayUnavailableError: Redis stayed away for 30 s.
+            ReplayUnavailableError: Redis stayed away for `RECONNECT_S`.
         """
         if self._attach():
             self._event("redis", f"Redis is back, {RESTARTED_EMPTY}")
