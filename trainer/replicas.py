@@ -97,9 +97,13 @@ class Replicas:
                 part, ended = running.pop(future)
                 try:
                     records = result_of(future, NAME)
-                except PartDiedError:
+                except PartDiedError as error:
                     if self._restarts.spend(time.monotonic()) is None:
-                        raise
+                        raise PartDiedError(
+                            f"decoding replicas died more than {self._restarts.most} times within an hour: see their "
+                            "memory and Ray's logs, or lower --batch-size. The same command again decodes what is "
+                            "missing"
+                        ) from error
                     if ended is not None:
                         queue.appendleft(ended)
                     self._say(f"{NAME} died; another one takes its place and its samples are decoded again")

@@ -84,7 +84,7 @@ def test_replicas_that_die_again_and_again_end_the_evaluation(settings, monkeypa
 
     try:
         running.replicas.wait_started()
-        with pytest.raises(PartDiedError):
+        with pytest.raises(PartDiedError, match=r"more than 1 times within an hour.*decodes what is missing"):
             running.replicas.decode(WORKS, kill_all)
     finally:
         running.replicas.close()
