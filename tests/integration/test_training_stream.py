@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from waiting import wait_until
 
 from services.contracts import LastRows, TableSignature
 from services.models import read_shape
@@ -31,13 +32,13 @@ from trainer.figures import TrainResult
 from trainer.rank import TrainerRank
 from trainer.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(1800)]
 
 VOCAB, HIDDEN, LAYER_IDS = 300, 16, (0, 1)
 CAPACITY_BYTES = 256 * 1024
 NUM_PROMPTS = 21
 PUBLISH_S = 0.5
-DEADLINE_S = 120.0
+DEADLINE_S = 400.0
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -94,7 +95,7 @@ def make_recipe(target_folder: Path, output_dir: Path, **trainer: Any) -> Recipe
         "global_batch_size": 4,
         "micro_batch_size": 1,
         "checkpoint_every": 2,
-        "wait_s": 60,
+        "wait_s": 300,
     }
     return Recipe.model_validate(
         {
@@ -203,12 +204,24 @@ def train(
         assert table.info().num_leased == 0
         assert table.info().peak_bytes <= CAPACITY_BYTES
         ledger = ray.get(coordinator.finish.remote(), timeout=DEADLINE_S)
-        return results, ledger, TelemetryReader(client, prefix).read()
+        return results, ledger, told_up_to(results[0].steps, TelemetryReader(client, prefix))
     finally:
         shard.stop()
         pulling.join(DEADLINE_S)
         for actor in (*ranks, coordinator):
             ray.kill(actor)
+
+
+def told_up_to(step: int, reader: TelemetryReader) -> list[dict[str, Any]]:
+    """The telemetry, once the last step's record is there: a rank that ends does not wait for it."""
+    telemetry: list[dict[str, Any]] = []
+
+    def has_come() -> bool:
+        telemetry.extend(reader.read())
+        return any(record["kind"] == "step" and record["step"] == step for record in telemetry)
+
+    wait_until(has_come, f"the record of step {step}")
+    return telemetry
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
