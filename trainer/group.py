@@ -16,7 +16,7 @@ from services.errors import PartDiedError
 from trainer.cluster import ANSWER_DEADLINE_S, Part, result_of
 from trainer.figures import TrainResult
 
-PEER_WAIT_S = 5.0
+PEER_WAIT_S = 15.0
 """How long after a rank failed the death of another one may still come to light."""
 
 

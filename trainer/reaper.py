@@ -34,12 +34,16 @@ POLL_S = 0.2
 
 
 class Reaper:
-    """The driver's side. Closing it, or dying, ends every process that was started while `marking`."""
+    """The driver's side. Closing it, or dying, ends every process that was started while `marking`.
 
-    def __init__(self) -> None:
+    Args:
+        grace_s: How long they have to end by themselves.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
         self._mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.reaper", self._mark],
+            [sys.executable, "-m", "trainer.reaper", self._mark, "--grace-s", str(grace_s)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # no signal to the terminal's or the driver's group reaches it
         )
@@ -62,7 +66,7 @@ class Reaper:
             del os.environ[MARK]
 
     def close(self) -> None:
-        """Have it end what is left, and itself then; that takes `GRACE_S` at most, and nobody waits for it."""
+        """Have it end what is left, and itself then; that takes its grace at most, and nobody waits for it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
@@ -71,16 +75,17 @@ def main() -> None:
     """Wait for the driver's end, then for that of its Ray."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mark", help=f"value of {MARK} in the environment of the processes to end")
-    mark = parser.parse_args().mark
+    parser.add_argument("--grace-s", type=float, default=GRACE_S, help="how long they have to end by themselves")
+    arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # `ray job stop` sends one to every process below the driver
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    end_marked(mark)
+    end_marked(arguments.mark, arguments.grace_s)
 
 
-def end_marked(mark: str) -> None:
-    """Give the processes that carry a mark `GRACE_S` to end by themselves, and kill the rest."""
-    grace_ends_s = time.monotonic() + GRACE_S
+def end_marked(mark: str, grace_s: float = GRACE_S) -> None:
+    """Give the processes that carry a mark some time to end by themselves, and kill the rest."""
+    grace_ends_s = time.monotonic() + grace_s
     killing_ends_s: float | None = None
     while (left := marked(mark)) and (killing_ends_s is None or time.monotonic() < killing_ends_s):
         if time.monotonic() >= grace_ends_s:

@@ -17,7 +17,8 @@ from services.errors import SlipstreamError
 START_TIMEOUT_S = 120.0
 """Importing the web server takes a second on an idle machine; a run's start is not idle, and it does not wait."""
 
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 20.0
+"""More than the server gives its pages."""
 
 LOG = "dashboard.log"
 

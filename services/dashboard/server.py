@@ -31,7 +31,7 @@ from services.reading import read_json
 PUBLISHED = "dashboard.json"
 """In the output directory: where the driver's own dashboard is, for this user alone."""
 
-CLOSE_TIMEOUT_S = 2
+CLOSE_TIMEOUT_S = 10
 """How long an end waits for pages that take no more bytes."""
 
 

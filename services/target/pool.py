@@ -403,6 +403,8 @@ class TargetPool:
                 self._welcome(replica, address)
 
     def _welcome(self, replica: Replica, address: str) -> None:
+        if replica.address not in (None, address):  # it was back before the watcher looked
+            self._lose(replica, "lost its process; Ray restarted it")
         if replica.last_address not in (None, address):
             self._record("restart", f"target {replica.index} restarted and serves at {address}")
         elif replica.last_address is None and replica.is_added:

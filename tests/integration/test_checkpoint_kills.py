@@ -24,7 +24,7 @@ from trainer.recipe import Recipe
 
 NUM_KILLS, NUM_ENGINE_KILLS = 60, 10
 FILES = ("model.safetensors", "training_state/weights.safetensors", "ledger.jsonl")
-DEADLINE_S = 60.0
+DEADLINE_S = 400.0
 
 
 @pytest.fixture
@@ -34,11 +34,21 @@ def chance() -> random.Random:
     return random.Random(seed)
 
 
-def kill_at_random(target: Any, arguments: tuple[Any, ...], chance: random.Random, longest_s: float) -> None:
-    """Start a process that says when it begins to write, and kill it at some moment after."""
+def kill_at_random(
+    target: Any, arguments: tuple[Any, ...], chance: random.Random, longest_s: float, *, after_first: bool = False
+) -> None:
+    """Start a process that says when it begins to write, and kill it at some moment after.
+
+    Args:
+        target: What it does.
+        arguments: Its arguments, before `after_first` and the event by which it says so.
+        chance: Draws the moment.
+        longest_s: How much later it is killed at most.
+        after_first: It says so only when it has written one: then something is written, however slow the disk is.
+    """
     context = fork_context()
     begun = context.Event()
-    process = context.Process(target=target, args=(*arguments, begun))
+    process = context.Process(target=target, args=(*arguments, after_first, begun))
     process.start()
     try:
         assert begun.wait(DEADLINE_S), "it ended before it wrote anything" if process.exitcode else "it does not begin"
@@ -49,10 +59,12 @@ def kill_at_random(target: Any, arguments: tuple[Any, ...], chance: random.Rando
         process.join(DEADLINE_S)
 
 
-def write_files_for_ever(output_dir: Path, seed: int, begun: Any) -> None:
+def write_files_for_ever(output_dir: Path, seed: int, after_first: bool, begun: Any) -> None:
     """What rank 0 and the driver do with checkpoints, without what is in them."""
     chance = random.Random(seed)
-    begun.set()
+    before = latest_checkpoint(output_dir)
+    if not after_first:
+        begun.set()
     while True:
         newest = latest_checkpoint(output_dir)
         step = checkpoint_step(newest) if newest else 0
@@ -63,6 +75,8 @@ def write_files_for_ever(output_dir: Path, seed: int, begun: Any) -> None:
         for file in FILES:
             (partial / file).write_text(content)
         publish(output_dir, step)
+        if latest_checkpoint(output_dir) != before:
+            begun.set()
         measured = {path.name: chance.random() for path in output_dir.glob("step_*")}
         mark_best(output_dir, measured)
         prune(output_dir, 2)
@@ -78,8 +92,8 @@ def assert_whole(checkpoint: Path) -> None:
 
 def test_checkpoint_cut_short_by_a_kill_is_never_picked_up(tmp_path: Path, chance: random.Random) -> None:
     step = 0
-    for _ in range(NUM_KILLS):
-        kill_at_random(write_files_for_ever, (tmp_path, chance.random()), chance, 0.06)
+    for number in range(NUM_KILLS):
+        kill_at_random(write_files_for_ever, (tmp_path, chance.random()), chance, 0.06, after_first=number % 2 == 1)
         newest, best = latest_checkpoint(tmp_path), best_checkpoint(tmp_path)
         for checkpoint in (newest, best):
             if checkpoint:
@@ -87,7 +101,7 @@ def test_checkpoint_cut_short_by_a_kill_is_never_picked_up(tmp_path: Path, chanc
         if newest:
             assert checkpoint_step(newest) >= step, "a published checkpoint was lost"
             step = checkpoint_step(newest)
-    assert step > NUM_KILLS / 4, "hardly anything was written"
+    assert step >= NUM_KILLS / 2, "hardly anything was written"
     start_partial(tmp_path, step + 1)
     visible = {path.name for path in tmp_path.iterdir()}
     whole = {path for path in tmp_path.glob("step_*") if not path.is_symlink()}
@@ -98,7 +112,7 @@ def test_checkpoint_cut_short_by_a_kill_is_never_picked_up(tmp_path: Path, chanc
         assert_whole(checkpoint)
 
 
-def write_states_for_ever(recipe: Recipe, begun: Any) -> None:
+def write_states_for_ever(recipe: Recipe, after_first: bool, begun: Any) -> None:
     """Restore the newest checkpoint, check that all of it is of its step, then write the next ones."""
     import torch
     from safetensors.torch import load_file
@@ -126,11 +140,13 @@ def write_states_for_ever(recipe: Recipe, begun: Any) -> None:
                 assert torch.all(drafter[name] == step)
                 assert all(torch.all(state[moment] == step + 0.5) for moment in MOMENTS)
         checkpoints = CheckpointWriter(recipe.output_dir, recipe, 0, ["slipstream", "test"])
-        begun.set()
+        if not after_first:
+            begun.set()
         while True:
             step += 1
             mark(engine, step)
             checkpoints.write(engine, step, lambda step: f"{step}\n", [float(step)])
+            begun.set()
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +157,8 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_ranks_checkpoint_restores(target_folder: Path, tmp_path: Path, chance: random.Random) -> None:
     recipe = make_recipe(target_folder, tmp_path / "run", max_steps=1, keep_checkpoints=2)
     train_group(recipe)
-    for _ in range(NUM_ENGINE_KILLS):
-        kill_at_random(write_states_for_ever, (recipe,), chance, 0.3)
+    for number in range(NUM_ENGINE_KILLS):
+        kill_at_random(write_states_for_ever, (recipe,), chance, 0.3, after_first=number % 2 == 1)
     newest = latest_checkpoint(recipe.output_dir)
     assert newest is not None
     assert checkpoint_step(newest) > 1

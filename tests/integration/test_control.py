@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import ray
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from services.contracts import Event
+from services.control import client as client_module
 from services.control.board import StatusBoard
 from services.control.client import (
     BEACON,
@@ -28,6 +29,14 @@ from trainer import steering as steering_module
 from trainer.steering import Steering
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A desk's process starts when it is asked for the first time."""
+    for name in ("STATUS_TIMEOUT_S", "REPLY_TIMEOUT_S"):
+        monkeypatch.setattr(client_module, name, WAIT_S)
+    monkeypatch.setattr(steering_module, "ANSWER_TIMEOUT_S", WAIT_S)
 
 
 class Run:

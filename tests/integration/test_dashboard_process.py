@@ -13,15 +13,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
+from services.dashboard import process as process_module
 from services.dashboard.process import DashboardProcess
 from services.errors import SlipstreamError
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child is not killed because a busy machine lets it end slowly."""
+    monkeypatch.setattr(process_module, "CLOSE_TIMEOUT_S", WAIT_S)
+
+
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url.partition('#')[0]}api/health", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url.partition('#')[0]}api/health", timeout=WAIT_S) as answer:
             return bool(answer.status == 200)
     except urllib.error.URLError:
         return False
@@ -67,7 +74,7 @@ def test_child_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
 def test_page_that_is_still_open_does_not_keep_the_child(tmp_path: Path) -> None:
     process = DashboardProcess(tmp_path)
     url = process.url().partition("#")[0]
-    with urllib.request.urlopen(f"{url}api/events", timeout=30) as stream:
+    with urllib.request.urlopen(f"{url}api/events", timeout=WAIT_S) as stream:
         assert stream.readline().startswith(b"id: ")
         process.close()
         assert not process.is_alive

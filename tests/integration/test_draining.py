@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 import trainer.demo
 from services.contracts import CaptureJob
@@ -18,7 +18,6 @@ from services.target.client import TargetClient
 from services.target.config import TargetConfig
 from services.target.engine import TransformersEngine
 
-WAIT_S = 60.0
 TARGET = Path(trainer.demo.__file__).parent / "target"
 JOB = CaptureJob(capture=1, prompt=0, epoch=0, input_ids=(5, 6, 7), loss_mask=(0, 1, 1), last_rows=(1,))
 
@@ -68,7 +67,7 @@ def test_draining_target_finishes_what_runs_and_takes_nothing_new(
 
 def is_refused(client: TargetClient) -> bool:
     try:
-        client.describe(5.0)
+        client.describe(WAIT_S)
     except TargetUnavailableError:
         return True
     return False

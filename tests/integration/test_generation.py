@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from waiting import WAIT_S
 
 from services.codec import decode
 from services.contracts import CaptureJob, Generation, LastRows
@@ -141,7 +142,7 @@ def test_answer_comes_through_the_service_before_its_features(folder: Path, engi
             layer_ids=LAYER_IDS,
             wire_dtype="fp32",
             chunk_bytes=300,
-            timeout_s=30,
+            timeout_s=WAIT_S,
             on_answer=lambda answer: answers.append(tuple(answer)),
         ):
             assert answers, "features came before the answer"
@@ -155,7 +156,7 @@ def test_answer_comes_through_the_service_before_its_features(folder: Path, engi
                     layer_ids=LAYER_IDS,
                     wire_dtype="fp32",
                     chunk_bytes=300,
-                    timeout_s=30,
+                    timeout_s=WAIT_S,
                 )
             )
     server.stop()

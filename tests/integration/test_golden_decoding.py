@@ -26,6 +26,7 @@ from services.models import read_shape
 CASE = Path(__file__).parents[1] / "golden" / "decode_dspark_qwen3"
 DECODE = json.loads((CASE / "decode.json").read_text())
 MAX_NEW_TOKENS = DECODE["max_new_tokens"]
+START_S = 300.0
 STOPS = DECODE["stop_token_ids"]
 BY_THRESHOLD = {
     threshold: [result for result in DECODE["results"] if result["threshold"] == threshold] for threshold in (0.0, 0.3)
@@ -295,14 +296,14 @@ def test_evaluator_on_the_targets_cpus_decodes_with_one_thread_of_lowest_priorit
     config = EvaluationConfig(max_new_tokens=MAX_NEW_TOKENS, threads=2, placement="share_target")
     actor = watched_actor.remote(str(CASE / "target"), golden_prompts()[:2], config, True)
     try:
-        report = ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2, during=True), timeout=120)
-        num_threads, priority, _ = ray.get(actor.how.remote(), timeout=120)
+        report = ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2, during=True), timeout=START_S)
+        num_threads, priority, _ = ray.get(actor.how.remote(), timeout=START_S)
         assert (num_threads, priority) == (1, LOWEST_PRIORITY)
-        ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2), timeout=120)
-        num_threads, priority, usual = ray.get(actor.how.remote(), timeout=120)
+        ray.get(actor.evaluate.remote(str(checkpoint), "step_0", 2), timeout=START_S)
+        num_threads, priority, usual = ray.get(actor.how.remote(), timeout=START_S)
         assert (num_threads, priority) == (2, usual)
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            ray.get(actor.evaluate.remote(str(tmp_path), "nothing", 2), timeout=120)
+            ray.get(actor.evaluate.remote(str(tmp_path), "nothing", 2), timeout=START_S)
     finally:
         ray.kill(actor)
     assert report.lossless is True

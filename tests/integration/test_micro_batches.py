@@ -32,7 +32,7 @@ HIDDEN, LAYER_IDS = 8, (0, 1, 2)
 MAX_LENGTH = 24
 CHUNK_ROWS = 5
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WAIT_S = 60.0
+WAIT_S = 240.0
 LATE_REFUSALS = 50
 
 

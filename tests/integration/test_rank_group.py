@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import ray
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from services.errors import NotBegunError, PartDiedError
+from trainer import group as group_module
 from trainer.cluster import result_of, start_local_ray, start_part, wait_started
 from trainer.figures import TrainResult
 from trainer.group import RankGroup
@@ -59,7 +60,7 @@ def begin(*fates: str) -> RankGroup:
 
 def take_all(group: RankGroup) -> None:
     while group.calls:
-        done, _ = ray.wait(group.calls, num_returns=1, timeout=60)
+        done, _ = ray.wait(group.calls, num_returns=1, timeout=WAIT_S)
         group.take(done[0])
 
 
@@ -70,7 +71,10 @@ def test_ranks_that_finish_hand_in_their_results():
 
 
 @pytest.mark.parametrize("fates", [("dies", "loses its peer"), ("loses its peer", "dies")])
-def test_error_of_a_rank_whose_peer_died_is_the_death_of_the_peer(fates: tuple[str, str]):
+def test_error_of_a_rank_whose_peer_died_is_the_death_of_the_peer(
+    fates: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(group_module, "PEER_WAIT_S", WAIT_S)
     group = begin(*fates)
     with pytest.raises(PartDiedError, match=f"trainer rank {fates.index('dies')} died"):
         take_all(group)
@@ -94,7 +98,7 @@ def test_actor_that_ray_restarted_says_that_it_waits_to_be_begun_again():
         except PartDiedError:
             return False
 
-    wait_until(is_back, "the restarted process", 60)
+    wait_until(is_back, "the restarted process")
     with pytest.raises(NotBegunError, match="StandInRank has been restarted and is not set up yet"):
         result_of(part.actor.train.remote(""), "it")
     result_of(part.actor.begin.remote("trains"), "it")

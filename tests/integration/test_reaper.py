@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from trainer import reaper as reaper_module
-from trainer.reaper import GRACE_S, MARK, Reaper, end_marked
+from trainer.reaper import MARK, Reaper, end_marked
 
 SLEEPER = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"]
 
 DRIVER = """
 import subprocess, sys, time
 from trainer.reaper import Reaper
-reaper = Reaper()
+reaper = Reaper(grace_s=0.5)
 with reaper.marking():
     child = subprocess.Popen(sys.argv[1:], start_new_session=True)
 print(child.pid, flush=True)
@@ -56,25 +56,23 @@ def test_reaper_that_stood_still_for_all_its_time_kills_all_the_same(monkeypatch
     clock = SimpleNamespace(monotonic=lambda: next(hours_s), sleep=time.sleep)
     monkeypatch.setattr(reaper_module, "time", clock)
     end_marked("stood-still")
-    assert left.wait(timeout=60) < 0
+    assert left.wait(timeout=WAIT_S) < 0
 
 
 def test_process_started_outside_the_mark_lives_on(bystander: subprocess.Popen[bytes]) -> None:
-    with Reaper() as reaper:
+    with Reaper(grace_s=0.5) as reaper:
         with reaper.marking():
             marked = subprocess.Popen(SLEEPER)
         unmarked = subprocess.Popen(SLEEPER)
-    assert marked.wait(timeout=60) < 0
+    assert marked.wait(timeout=WAIT_S) < 0
     assert unmarked.poll() is None
     unmarked.kill()
     unmarked.wait()
 
 
 def test_process_that_ends_in_the_time_of_grace_is_left_alone() -> None:
-    with Reaper() as reaper, reaper.marking():
-        script = f"import time; print(flush=True); time.sleep({GRACE_S / 5})"
-        ending = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert ending.stdout is not None
-        ending.stdout.readline()
-        ending.stdout.close()
-    assert ending.wait(timeout=60) == 0
+    with Reaper(grace_s=2 * WAIT_S) as reaper, reaper.marking():
+        ending = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    assert ending.stdin is not None
+    ending.stdin.close()
+    assert ending.wait(timeout=WAIT_S) == 0

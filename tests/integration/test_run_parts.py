@@ -23,7 +23,7 @@ from trainer.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 @pytest.fixture

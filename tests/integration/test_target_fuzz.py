@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -157,6 +158,16 @@ def test_message_over_the_bound_is_refused_for_good(target: RunningServer) -> No
 
 
 def test_caller_who_reads_no_more_loses_his_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    was_looked_at = threading.Event()
+
+    class HeldTimer(threading.Timer):
+        """Begins when the place has been seen to be taken."""
+
+        def run(self) -> None:
+            assert was_looked_at.wait(WAIT_S)
+            super().run()
+
+    monkeypatch.setattr(threading, "Timer", HeldTimer)
     monkeypatch.setattr(server_module, "LONGEST_CALL_S", 0.5)
     running = serve(SyntheticEngine(width=32 * 1024), ONE_AT_A_TIME)
     request = wire.CaptureRequest(
@@ -172,6 +183,7 @@ def test_caller_who_reads_no_more_loses_his_place(monkeypatch: pytest.MonkeyPatc
             return False
 
         assert not has_place(), "the 100 MB that nobody reads hold the only place"
+        was_looked_at.set()
         wait_until(has_place, "the end of the call whose caller reads no more")
         with pytest.raises(grpc.RpcError) as cut_off:
             list(call)

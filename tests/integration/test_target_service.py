@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from services.buffers import LEAST_BYTES
 from services.checksum import crc32c, verify
@@ -39,6 +40,7 @@ from services.target.config import TargetConfig
 from services.target.engine import TransformersEngine
 from services.target.packing import CapturedFeatures
 from services.target.pool import TargetPool
+from services.target.replica import Replica
 from services.target.request import CaptureInputs
 from services.target.server import RunningServer, serve
 from services.wire import target_pb2 as wire
@@ -47,7 +49,7 @@ from services.wire import target_pb2_grpc as wire_grpc
 LAYERS, WIDTH, VOCAB = 4, 16, 50
 LAYER_IDS = (2, -1, 0)
 ROW_BYTES = len(LAYER_IDS) * WIDTH * 4
-WAIT_S = 30.0
+LOAD_S = 300.0
 
 
 def _save_qwen3(folder: Path, *, spoil: Callable[[Qwen3ForCausalLM], None] | None = None) -> Path:
@@ -174,20 +176,23 @@ def test_capture_without_last_rows_ends_with_context(client: TargetClient, engin
 
 def test_concurrent_captures_share_forwards_and_stay_exact(folder: Path) -> None:
     batches: list[int] = []
+    jobs = [_job(length, capture=length) for length in (3, 17, 9, 30, 5, 22, 14, 8)]
 
     class Counting(TransformersEngine):
         def capture(self, batch: list[CaptureInputs]) -> list[CapturedFeatures]:
             batches.append(len(batch))
+            if len(batches) == 1:
+                num_others = len(jobs) - len(batch)
+                wait_until(lambda: running._dispatcher.num_waiting == num_others, "all captures during the first pass")
             return super().capture(batch)
 
     engine = Counting(_config(folder))
-    running = serve(engine, _config(folder, batch_wait_ms=200, max_batch_samples=4))
-    jobs = [_job(length, capture=length) for length in (3, 17, 9, 30, 5, 22, 14, 8)]
+    running = serve(engine, _config(folder, max_batch_samples=4))
     with TargetClient(running.address) as client, ThreadPoolExecutor(len(jobs)) as threads:
         results = list(threads.map(lambda job: _capture(client, job), jobs))
     running.stop()
     assert sum(batches) == len(jobs)
-    assert len(batches) < len(jobs)
+    assert max(batches) == 4
     for job, (context, last) in zip(jobs, results, strict=True):
         expected = _expected(engine, job)
         torch.testing.assert_close(context, expected.context, rtol=0, atol=1e-5)
@@ -409,9 +414,20 @@ def test_one_capture_too_many_is_refused_until_a_slot_is_free(held: tuple[HeldEn
 def test_deadline_is_honoured_and_frees_the_slot(held: tuple[HeldEngine, RunningServer]) -> None:
     engine, running = held
     with TargetClient(running.address) as client:
-        with pytest.raises(TargetStalledError, match=r"DEADLINE_EXCEEDED|nothing came for 0\.3 s"):
-            list(client.capture(_job(6), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=0.3))
-        assert engine.entered.acquire(timeout=WAIT_S)
+
+        def runs_into_the_deadline() -> bool:
+            """Again where the call, or its place before it was free again, came too late to be computed."""
+            stream = client.capture(
+                _job(6), layer_ids=LAYER_IDS, wire_dtype="fp32", chunk_bytes=ROW_BYTES, timeout_s=0.3
+            )
+            with (
+                contextlib.suppress(TargetBusyError),
+                pytest.raises(TargetStalledError, match=r"DEADLINE_EXCEEDED|nothing came for 0\.3 s"),
+            ):
+                list(stream)
+            return engine.entered.acquire(blocking=False)
+
+        wait_until(runs_into_the_deadline, "a pass that its caller does not wait for")
         engine.proceed.release(100)
         wait_until(lambda: _answers_again(client), "a free slot after the deadline")
 
@@ -455,7 +471,7 @@ def test_stop_ends_a_waiting_capture_as_unavailable(folder: Path) -> None:
         engine.proceed.release(1)
         stopping.result(WAIT_S)
         with pytest.raises(TargetUnavailableError, match=running.address):
-            client.describe(5.0)
+            client.describe(WAIT_S)
 
 
 def test_features_that_are_not_finite_are_refused_at_the_source(tmp_path: Path) -> None:
@@ -501,7 +517,13 @@ def test_client_says_which_address_does_not_answer() -> None:
         TargetClient("127.0.0.1:9") as client,
         pytest.raises(TargetUnavailableError, match=r"target 127\.0\.0\.1:9, Describe.*UNAVAILABLE"),
     ):
-        client.describe(5.0)
+        client.describe(WAIT_S)
+
+
+@pytest.fixture
+def no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that a busy machine keeps from answering for a while is not gone."""
+    monkeypatch.setattr(pool_module, "SILENCE_S", LOAD_S)
 
 
 @pytest.fixture(scope="module")
@@ -547,13 +569,13 @@ def _process_at(address: str) -> psutil.Process:
     return psutil.Process(pid)
 
 
-@pytest.mark.usefixtures("own_ray")
+@pytest.mark.usefixtures("own_ray", "no_silence")
 def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: TransformersEngine) -> None:
     board = Board()
     pool = TargetPool(_config(folder, replicas=2), board)
     pool.start()
     try:
-        addresses = pool.wait_ready(120.0)
+        addresses = pool.wait_ready(LOAD_S)
         assert len(set(addresses)) == 2
         assert pool.describe() == engine.describe()
         wait_until(lambda: sorted(board.addresses) == sorted(addresses), "publication of both addresses")
@@ -572,8 +594,8 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
             process.kill()
             with pytest.raises(TargetUnavailableError, match="UNAVAILABLE"):
                 cut_off.result(WAIT_S)
-        wait_until(lambda: board.addresses == [addresses[1]], "publication without the dead target")
-        wait_until(lambda: len(board.addresses) == 2, "the restart of the dead target", timeout_s=90.0)
+        wait_until(lambda: addresses[0] not in board.addresses, "publication without the dead target")
+        wait_until(lambda: len(board.addresses) == 2, "the restart of the dead target", timeout_s=LOAD_S)
         (reborn,) = set(board.addresses) - {addresses[1]}
         assert reborn != addresses[0]
         with TargetClient(reborn) as client:
@@ -599,69 +621,75 @@ def test_pool_serves_and_survives_the_death_of_a_target(folder: Path, engine: Tr
 
 def _is_down(client: TargetClient) -> bool:
     try:
-        client.describe(2.0)
+        client.describe(WAIT_S)
     except TargetUnavailableError:
         return True
     return False
 
 
-@pytest.mark.usefixtures("own_ray")
-def test_pool_reports_a_target_that_fails_to_load(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_ray", "no_silence")
+def test_pool_reports_a_target_that_fails_to_load_however_slowly_its_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "PLACEMENT_TIMEOUT_S", 0.0)
     pool = TargetPool(_config(_save_qwen3(tmp_path)), Board())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     pool.start()
     try:
         with pytest.raises(TargetError, match="cannot be loaded"):
-            pool.wait_ready(120.0)
+            pool.wait_ready(LOAD_S)
     finally:
         pool.stop()
 
 
-@pytest.mark.usefixtures("own_ray")
+@pytest.mark.usefixtures("own_ray", "no_silence")
 def test_added_target_that_fails_to_load_harms_no_other_and_is_replaced(tmp_path: Path) -> None:
     import ray
 
     pool = TargetPool(_config(_save_qwen3(tmp_path), num_cpus=0.5), Board())
     pool.start()
     try:
-        (address,) = pool.wait_ready(120.0)
+        (address,) = pool.wait_ready(LOAD_S)
         weights = tmp_path / "model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-100])
         pool.scale(2)
-        wait_until(lambda: _states(pool) == {0: "serving", 1: "failed"}, "the failure of the added target", 120.0)
+        wait_until(lambda: _states(pool) == {0: "serving", 1: "failed"}, "the failure of the added target", LOAD_S)
         pool.check()
         assert "cannot be loaded" in pool.states()[1].message
         wait_until(lambda: ray.available_resources().get("CPU") == 0.5, "the half CPU that it had")
         weights.write_bytes(whole)
         pool.scale(2)
-        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the target in its place", 120.0)
+        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the target in its place", LOAD_S)
         pool.scale(1)
         wait_until(lambda: _states(pool) == {0: "serving"}, "the end of the newest target")
         assert pool.addresses() == [address]
-        kinds = [event.kind for event in pool.events()]
+        # A slow machine may say that one is pending.
+        kinds = [event.kind for event in pool.events() if event.kind != "pending"]
         assert kinds == ["scaling", "failed", "scaling", "serving", "scaling", "drained"]
     finally:
         pool.stop()
 
 
-@pytest.mark.usefixtures("own_ray")
+@pytest.mark.usefixtures("own_ray", "no_silence")
 def test_targets_scaled_down_while_they_load_and_up_while_they_drain(folder: Path) -> None:
     pool = TargetPool(_config(folder, num_cpus=0.5), Board())  # the cluster has room for two
     pool.start()
     try:
-        pool.wait_ready(120.0)
-        pool.scale(2, "made up")
-        pool.scale(1)
-        assert _states(pool) == {0: "serving"}, "what loads gives nothing, and ends at once"
+        pool.wait_ready(LOAD_S)
+        with pool._changed:  # the watcher stands still
+            pool.scale(2, "made up")
+            pool.scale(1)
+            assert _states(pool) == {0: "serving"}, "what loads gives nothing, and ends at once"
         pool.scale(2)
-        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the second target", 120.0)
-        pool.scale(1)
-        pool.scale(2)
-        assert _states(pool) == {0: "serving", 2: "draining", 3: "pending"}
-        assert len(pool.addresses()) == 1
-        wait_until(lambda: _states(pool) == {0: "serving", 3: "serving"}, "what takes the drained one's place", 120.0)
+        wait_until(lambda: _states(pool) == {0: "serving", 2: "serving"}, "the second target", LOAD_S)
+        with pool._changed:
+            pool.scale(1)
+            pool.scale(2)
+            assert _states(pool) == {0: "serving", 2: "draining", 3: "pending"}
+            assert len(pool.addresses()) == 1
+        wait_until(lambda: _states(pool) == {0: "serving", 3: "serving"}, "what takes the drained one's place", LOAD_S)
         pool.scale(2)
         events = pool.events()
     finally:
@@ -682,13 +710,21 @@ def _states(pool: TargetPool) -> dict[int, str]:
     return {target.index: target.state for target in pool.states()}
 
 
-@pytest.mark.usefixtures("own_ray")
+def test_target_that_was_back_before_the_watcher_looked_is_said_to_have_been_gone(folder: Path) -> None:
+    pool = TargetPool(_config(folder), Board())
+    replica = Replica(0, None, asked_s=0.0, address="here:1", last_address="here:1")
+    pool._welcome(replica, "here:2")
+    assert [event.kind for event in pool.events()] == ["gone", "restart"]
+    assert (replica.state, replica.record().address) == ("serving", "here:2")
+
+
+@pytest.mark.usefixtures("own_ray", "no_silence")
 def test_pool_names_the_resource_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "PLACEMENT_TIMEOUT_S", 1.0)
     pool = TargetPool(_config(folder, num_gpus=1), Board())
     pool.start()
     try:
         with pytest.raises(PlacementError, match=r"targets \[0\] of 1 .* asks for 1 GPU, the cluster has 0 in all"):
-            pool.wait_ready(120.0)
+            pool.wait_ready(LOAD_S)
     finally:
         pool.stop()

@@ -112,4 +112,4 @@ def test_driver_can_ask_without_importing_torch():
         "assert r.find_algorithm('dspark').last_rows == 'between'; "
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -160,4 +160,4 @@ def test_checkpoint_step_reads_the_folder_name() -> None:
 @pytest.mark.parametrize("module", ["trainer.checkpoint", "trainer.rank", "trainer.schedule"])
 def test_driver_side_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'transformers', 'deepspeed'}} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

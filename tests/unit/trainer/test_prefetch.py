@@ -1,6 +1,8 @@
+import queue
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,9 +10,10 @@ from waiting import wait_until
 
 from services.contracts import StepLease
 from services.errors import DeadlineError, PausedError
+from trainer import prefetch as prefetch_module
 from trainer.prefetch import Prefetcher, Room
 
-DEADLINE_S = 10.0
+DEADLINE_S = 120.0
 MIB = 2**20
 
 
@@ -52,6 +55,30 @@ class Counter:
         if room.wait_for(size):
             self.made += 1
         return Batch(self.made - 1, size)
+
+
+class Clock:
+    """Time that passes where a test says so, and whether the loop waits for the thread."""
+
+    def __init__(self) -> None:
+        self.s = 0.0
+        self.loop_waits = threading.Event()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    class WatchedQueue(queue.SimpleQueue[Any]):
+        def get(self) -> Any:  # type: ignore[override]
+            clock.loop_waits.set()
+            item = super().get()
+            clock.loop_waits.clear()
+            return item
+
+    monkeypatch.setattr(prefetch_module, "time", SimpleNamespace(perf_counter=lambda: clock.s))
+    monkeypatch.setattr(prefetch_module, "queue", SimpleNamespace(SimpleQueue=WatchedQueue))
+    return clock
 
 
 def numbers(items: object) -> list[int]:
@@ -105,21 +132,17 @@ def test_thread_goes_on_into_the_next_step() -> None:
         wait_until(lambda: source.asked == [1, 2, 3, 4], "the end asked for")
 
 
-def test_batch_that_is_still_being_copied_is_waited_for() -> None:
-    there = threading.Event()
-
+def test_batch_that_is_still_being_copied_is_waited_for(clock: Clock) -> None:
     class Copying(Batch):
         def wait_until_there(self) -> None:
-            assert there.wait(DEADLINE_S)
+            clock.s += 3.0
 
     def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
         return Copying(0)
 
     with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
-        threading.Timer(0.1, there.set).start()
         next(batches.steps())
-        assert there.is_set()
-        assert batches.take_wait_s() > 0.05
+        assert batches.take_wait_s() == 3.0
 
 
 def test_room_counts_what_is_ahead() -> None:
@@ -169,22 +192,20 @@ def test_leaving_cancels_a_wait() -> None:
         assert room.closed.wait(DEADLINE_S)
         return Batch(0)
 
-    with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0):
+    with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
         assert waiting.wait(DEADLINE_S)
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    wait_until(lambda: not batches._thread.is_alive(), "the end of the thread", DEADLINE_S / 2)
 
 
-def test_wait_is_counted_and_reset_when_taken() -> None:
-    release = threading.Event()
-
+def test_wait_is_counted_and_reset_when_taken(clock: Clock) -> None:
     def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
-        release.wait(DEADLINE_S)
+        assert clock.loop_waits.wait(DEADLINE_S)
+        clock.s += 3.0
         return Batch(0)
 
     with Prefetcher(Steps(1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
-        threading.Timer(0.1, release.set).start()
         next(batches.steps())
-        assert 0.05 < batches.take_wait_s() < DEADLINE_S
+        assert batches.take_wait_s() == 3.0
         assert batches.take_wait_s() == 0.0
 
 
@@ -194,38 +215,45 @@ class PausedSteps(Steps):
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)
         self.paused = True
-        self.num_refused = 0
 
     def step_lease(self, step: int) -> StepLease:
         if self.paused and step > 1:
-            time.sleep(0.02)
-            self.num_refused += 1
+            self.refuse()
             raise PausedError("the run is paused")
         return super().step_lease(step)
 
+    def refuse(self) -> None:
+        time.sleep(0.02)
 
-def test_pause_is_waited_out_and_is_no_wait_for_the_buffer() -> None:
-    coordinator = PausedSteps(1, 1)
-    with Prefetcher(coordinator, Counter().load, depth_bytes=MIB, first_step=1, rank=0) as batches:
+
+def test_pause_is_waited_out_and_is_no_wait_for_the_buffer(clock: Clock) -> None:
+    first_is_taken = threading.Event()
+
+    class Pausing(PausedSteps):
+        num_refused = 0
+
+        def refuse(self) -> None:
+            assert first_is_taken.wait(DEADLINE_S)
+            assert clock.loop_waits.wait(DEADLINE_S)
+            clock.s += 0.25
+            self.num_refused += 1
+            self.paused = self.num_refused < 4
+
+    def load(captures: Sequence[int] | None, num_left: int, room: Room) -> Batch:
+        clock.s += 0.125
+        return counter.load(captures, num_left, room)
+
+    counter = Counter()
+    with Prefetcher(Pausing(1, 1), load, depth_bytes=MIB, first_step=1, rank=0) as batches:
         steps = batches.steps()
         _, first = next(steps)
         assert numbers(first) == [0]
         batches.take_wait_s()
-
-        num_refused = coordinator.num_refused
-
-        def go_on() -> None:
-            wait_until(lambda: coordinator.num_refused >= num_refused + 20, "refusals of the second step")
-            coordinator.paused = False
-
-        waiting = threading.Thread(target=go_on)
-        waiting.start()
+        first_is_taken.set()
         _, second = next(steps)
         assert numbers(second) == [1]
-        waiting.join()
-        paused_s = batches.take_paused_s()
-        assert paused_s > 0.2, "the loop stood still"
-        assert batches.take_wait_s() < paused_s / 2
+        assert batches.take_paused_s() == 1.0, "the loop stood still"
+        assert batches.take_wait_s() == 0.125, "and waited for what was made after the pause"
         assert batches.take_paused_s() == 0.0
 
 

@@ -13,7 +13,7 @@ from services.control.records import Action, PauseAction, Reply, Request, ScaleA
 from services.control.wire import pack_reply, pack_request, pack_status_reply, unpack_reply, unpack_request
 from services.errors import WireError
 
-DEADLINE_S = 10.0
+DEADLINE_S = 120.0
 DONE = Reply(request_id="r1", is_done=True, message="done")
 
 

@@ -14,7 +14,7 @@ from services.control.ending import RunEnd, open_driver
 from services.errors import DeadlineError
 
 HERE = "this-machine"
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pidfd is Linux's")
 

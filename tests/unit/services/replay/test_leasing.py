@@ -22,7 +22,7 @@ SIGNATURE = TableSignature(fingerprint="f", layer_ids=(0,), hidden_size=4, dtype
 TOKENS = 3
 SAMPLE_BYTES = SIGNATURE.sample_bytes(TOKENS, 1)
 LEASE_S = 60.0
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 def make_job(capture: int, reuse: int = 1) -> CaptureJob:

@@ -12,7 +12,7 @@ from services.errors import FeatureError, TargetError, TargetUnavailableError
 from services.target.dispatcher import Dispatcher
 from services.target.request import CaptureInputs
 
-WAIT_S = 10.0
+WAIT_S = 120.0
 
 
 def _inputs(num_tokens: int, layer: int = 0) -> CaptureInputs:
