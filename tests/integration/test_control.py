@@ -176,10 +176,19 @@ def test_desk_that_died_comes_back_and_is_used_again(start: Callable[[str], Run]
     assert run.told == ["scale 2", "scale 3"], "a request that the dead desk had handed on is not carried out again"
 
 
+def has_ended(control: RunControl) -> bool:
+    try:
+        control.status()
+    except RunEndedError:
+        return True
+    return False
+
+
 def test_run_that_ends_while_it_is_asked_says_so(start: Callable[[str], Run], tmp_path: Path) -> None:
     run = start("demo-abcdef")
     control = attach("demo-abcdef")
     ray.kill(ray.get_actor(actor_name("demo-abcdef"), namespace=NAMESPACE))
+    wait_until(lambda: has_ended(control), "the death of the desk")
     with pytest.raises(RunEndedError, match="run demo-abcdef has ended"):
         control.status()
     assert control.stop().message == "the run has ended"

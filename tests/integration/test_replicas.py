@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import pytest
 import ray
 from untrained import DEMO_TARGET, save_untrained
+from waiting import WAIT_S, wait_until
 
 from evaluation.benchmark import BenchmarkSettings, Sample
 from evaluation.records import PlainRecord, SampleRecord
 from evaluation.sample_decoder import decoding_here
 from evaluation.work import Work
 from services.errors import CheckpointError, PartDiedError
+from trainer.cluster import Part
 from trainer.replicas import Replicas
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -46,6 +48,20 @@ def running(settings: BenchmarkSettings) -> Iterator[Running]:
     running.replicas.close()
 
 
+def kill(part: Part) -> None:
+    """Kill a replica, and wait until it is dead: Ray may take its time, and a replica does many pieces in that."""
+    ray.kill(part.actor)
+
+    def is_dead() -> bool:
+        try:
+            ray.get(part.actor.__ray_ready__.remote(), timeout=WAIT_S)
+        except ray.exceptions.RayActorError:
+            return True
+        return False
+
+    wait_until(is_dead, "the death of a replica")
+
+
 def outcome(records: list[SampleRecord | PlainRecord]) -> list[tuple[object, ...]]:
     """What does not depend on who decoded a sample, sorted."""
     return sorted(
@@ -63,7 +79,7 @@ def test_replicas_give_the_records_of_one_process_and_a_killed_ones_samples_are_
 
     def keep(record: SampleRecord | PlainRecord) -> None:
         if not records:
-            ray.kill(victim.actor)
+            kill(victim)
         records.append(record)
 
     running.replicas.decode(WORKS, keep)
@@ -80,7 +96,7 @@ def test_replicas_that_die_again_and_again_end_the_evaluation(settings, monkeypa
 
     def kill_all(record: SampleRecord | PlainRecord) -> None:
         for part in running.replicas.parts:
-            ray.kill(part.actor)
+            kill(part)
 
     try:
         running.replicas.wait_started()
