@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 FOLDER = Path(__file__).parent
 MARKERS = ("unit", "contract", "integration", "e2e")
 
+E2E_TIMEOUT_S = 1800
+"""Many times what a test of tests/e2e takes on an idle machine: it ends what hangs, and nothing else."""
+
 # Before anything imports torch, transformers or ray: they read these once, and the processes that tests start inherit
 # them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(FOLDER).parts[0]
         if folder in MARKERS:
             item.add_marker(folder)
+        if folder == "e2e":
+            item.add_marker(pytest.mark.timeout(E2E_TIMEOUT_S))
     items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
 

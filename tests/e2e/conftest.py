@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from commands import Command
 
@@ -21,5 +20,4 @@ def slipstream(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
     yield start
     for command in commands:
-        for line in command.left_behind():
-            psutil.Process(int(line.split()[0])).kill()
+        command.kill()

@@ -23,7 +23,7 @@ def fails(command: Command, code: int, *words: str) -> None:
     for word in words:
         assert word in command.errors
     assert "Traceback" not in command.errors
-    command.assert_nothing_left(within_s=15)
+    command.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,10 @@ def test_redis_that_does_not_answer_is_named(slipstream: Start) -> None:
     fails(slipstream("demo", "replay.redis=redis://:secret@127.0.0.1:9/0"), 1, "127.0.0.1:9")
 
 
-@pytest.mark.timeout(120)
 def test_actor_that_cannot_be_placed_names_the_resource(slipstream: Start) -> None:
     fails(slipstream("demo", "trainer.num_gpus=3"), 1, "TrainerRank", "3 GPU")
 
 
-@pytest.mark.timeout(180)
 def test_target_that_fails_to_load_is_explained(slipstream: Start, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(DEMO / "target", broken)
@@ -77,7 +75,6 @@ def test_target_that_fails_to_load_is_explained(slipstream: Start, tmp_path: Pat
     fails(slipstream("demo", f"target.model={broken}"), 1, "broken")
 
 
-@pytest.mark.timeout(180)
 def test_broken_prompt_lines_are_counted_or_fatal_when_strict(slipstream: Start, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     talk = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}

@@ -21,10 +21,9 @@ Start = Callable[..., Command]
 
 pytestmark = [
     pytest.mark.skipif(browser_paths() is None, reason="no chromium and chromedriver on PATH to drive the page with"),
-    pytest.mark.timeout(400),
 ]
 
-WAIT_S = 60.0
+WAIT_S = 300.0
 T0 = 1_700_000_000.0
 
 
@@ -107,7 +106,7 @@ class Served:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(WAIT_S)
 
 
 @pytest.fixture
@@ -126,10 +125,10 @@ def test_page_follows_a_run_and_steers_it(browser: Chrome, slipstream: Start, tm
     output_dir = tmp_path / "slipstream-demo"
     command = slipstream("demo", "--steps", "4000", *SMALL, "trainer.checkpoint_every=1000", "target.max_replicas=3")
     published = output_dir / "dashboard.json"
-    wait_until(published.exists, lambda: command.errors, WAIT_S)
+    command.wait_until(published.exists)
     place = json.loads(published.read_text())
     assert published.stat().st_mode & 0o077 == 0, "the token is for this user alone"
-    wait_until(lambda: steps_done(output_dir) >= 3, lambda: command.errors, 120)
+    command.wait_until(lambda: steps_done(output_dir) >= 3)
 
     bare = place["url"].partition("#")[0]
     browser.get(bare)
@@ -151,7 +150,7 @@ def test_page_follows_a_run_and_steers_it(browser: Chrome, slipstream: Start, tm
     assert place["token"] not in browser.current_url, "the token stays in no address"
     browser.find_element(By.ID, "more").click()
     shows(browser, "answer", "targets scaled from 1 to 2")
-    wait_until(lambda: text(browser, "target-rows").count("serving") == 2, lambda: text(browser, "target-rows"), 120)
+    wait_until(lambda: text(browser, "target-rows").count("serving") == 2, lambda: text(browser, "target-rows"), WAIT_S)
     shows(browser, "events", "targets scaled from 1 to 2")
 
     browser.find_element(By.ID, "pause").click()
@@ -170,7 +169,7 @@ def test_page_follows_a_run_and_steers_it(browser: Chrome, slipstream: Start, tm
     shows(browser, "notice", "slipstream demo --steps 4000")
     code, _ = command.result()
     assert code == 1
-    command.assert_nothing_left(within_s=15)
+    command.assert_nothing_left()
     assert not published.exists()
 
 

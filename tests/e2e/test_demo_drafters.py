@@ -12,7 +12,6 @@ from drafters import load_drafter
 BATCH = 4
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("drafter", "wire_dtype"), [("dflash", "bf16"), ("eagle3", "fp8_e4m3")])
 def test_demo_trains_and_decodes_with_another_drafter(
     slipstream: Callable[..., Command], drafter: str, wire_dtype: str

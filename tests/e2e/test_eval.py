@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from commands import Command
 from untrained import DEMO_TARGET, save_untrained, write_turns
-from waiting import wait_until
 
 Start = Callable[..., Command]
 
@@ -59,7 +58,7 @@ def test_evaluation_over_a_folder_of_tasks_gives_figures_and_files(
 def test_killed_evaluation_goes_on_where_it_stopped(slipstream: Start, arguments, tmp_path: Path) -> None:
     command = [*arguments, "--max-new-tokens", "48"]
     killed = slipstream(*command)
-    wait_until(lambda: records(tmp_path) >= 2, lambda: f"no record yet: {killed.errors}", 120)
+    killed.wait_until(lambda: records(tmp_path) >= 2, "no record yet")
     killed.signal_group(signal.SIGKILL)
     killed.result()
     before = (tmp_path / "out" / "records.jsonl").read_bytes()

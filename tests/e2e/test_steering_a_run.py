@@ -15,21 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from commands import MARK, SMALL
+from commands import COMMAND_S, MARK, RUN_S, SMALL, kill_marked, start_ray
 from waiting import wait_until
 
 import trainer.demo
 from trainer.checkpoint import checkpoint_step, latest_checkpoint
 
-BIN = Path(sys.executable).parent
 DEMO = Path(trainer.demo.__file__).parent
 
 RESOURCE = "slot"
 """Custom resource that each target takes; the cluster's first node has two."""
-
-START_S = 120.0
 
 
 @dataclass
@@ -42,14 +38,7 @@ class Cluster:
 
     def start_node(self, *options: str) -> None:
         """`ray start …`, without the process that serves Ray's own dashboard."""
-        started = subprocess.run(
-            [str(BIN / "ray"), "start", *options, "--object-store-memory", str(80 * 1024**2), "--num-gpus", "0"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=90,
-        )
-        assert started.returncode == 0, started.stdout + started.stderr
+        start_ray(options, self.environment)
 
     def slipstream(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         """A `slipstream` command in a shell on the cluster."""
@@ -59,17 +48,8 @@ class Cluster:
             env={**self.environment, **changes},
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=COMMAND_S,
         )
-
-    def marked(self) -> Iterator[psutil.Process]:
-        """Living processes of the cluster and of what runs on it."""
-        for process in psutil.process_iter():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.environment[MARK]:
-                    yield process
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         environment["RAY_ADDRESS"] = cluster.address
         yield cluster
     finally:
-        for _ in range(2):  # a raylet may still be starting a worker
-            for process in cluster.marked():
-                process.kill()
+        kill_marked(environment[MARK])
         shutil.rmtree(session, ignore_errors=True)
 
 
@@ -129,7 +107,7 @@ class Run:
         """State of each target, about a second ago."""
         return [target["state"] for target in self.records("figures")[-1]["targets"]]
 
-    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = START_S) -> None:
+    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = RUN_S) -> None:
         """Wait while the run lives; shows its log if the time is over."""
 
         def holds() -> object:
@@ -191,7 +169,7 @@ def test_cluster_of_another_ray_is_named(cluster: Cluster) -> None:
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=COMMAND_S,
     )
     refused(done, 1, cluster.address, "Version mismatch", "2.9.0", "the cluster's own Ray and Python")
 
@@ -223,8 +201,10 @@ def test_second_driver_of_an_output_directory_is_refused(cluster: Cluster, run: 
 CUT_OFF = {"restart", "gone", "failed", "target", "capture"}
 """Events of a target or a capture that did not come to its end."""
 
+SILENT = "has not answered for"
+"""What the event of a target says that only stood still, as any process of a busy machine may."""
 
-@pytest.mark.timeout(400)
+
 def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) -> None:
     (listed,) = json.loads(cluster.slipstream("status", "--json").stdout)["runs"]
     assert (listed["output_dir"], listed["state"], listed["attempt"]) == (str(run.output_dir), "training", 1)
@@ -233,7 +213,7 @@ def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) 
     scaled = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up", "--json")
     assert json.loads(scaled.stdout)["message"] == "targets scaled from 1 to 3"
     run.wait(lambda: run.targets() == ["serving", "serving", "pending"], "the second target")
-    run.wait(lambda: "pending" in [event["event"] for event in run.records("event")], "the missing resource", 60)
+    run.wait(lambda: "pending" in [event["event"] for event in run.records("event")], "the missing resource")
     repeated = cluster.slipstream("scale", "demo", "targets=3", "--request-id", "up")
     assert repeated.stdout.endswith("targets scaled from 1 to 3\n")
     pending = json.loads(cluster.slipstream("status", "demo", "--json").stdout)["targets"]
@@ -263,7 +243,7 @@ def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) 
 
     stopped = cluster.slipstream("stop", "demo", "--wait")
     assert stopped.returncode == 0, stopped.stderr
-    assert run.process.wait(60) == 1
+    assert run.process.wait(COMMAND_S) == 1
     log = run.log.read_text()
     assert "asked to stop" in log
     assert "run the same command again" in log
@@ -277,7 +257,7 @@ def test_run_is_scaled_paused_continued_and_stopped(cluster: Cluster, run: Run) 
     kinds = [event["event"] for event in run.records("event")]
     assert kinds.count("scaling") == 2
     assert kinds.count("drained") == 2
-    cut_off = [event for event in run.records("event") if event["event"] in CUT_OFF]
+    cut_off = [event for event in run.records("event") if event["event"] in CUT_OFF and SILENT not in event["message"]]
     assert not cut_off, "no capture was cut off"
     checkpoint = latest_checkpoint(run.output_dir)
     assert checkpoint is not None

@@ -24,7 +24,7 @@ Start = Callable[..., Command]
 
 TARGET = str(Path(trainer.__file__).parent / "demo" / "target")
 CPU = ("--cpu", "--dtype", "float32", "--threads", "1", "--port", "0", "--json")
-START_S = 100.0
+START_S = 300.0
 
 
 def first_line(command: Command) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def first_line(command: Command) -> dict[str, Any]:
 
 def num_rows(client: TargetClient) -> int:
     job = CaptureJob(capture=1, prompt=0, epoch=0, input_ids=(1, 2, 3), loss_mask=(1, 1, 1), last_rows=(2,))
-    stream = client.capture(job, layer_ids=(0,), wire_dtype="fp32", chunk_bytes=1024**2, timeout_s=60)
+    stream = client.capture(job, layer_ids=(0,), wire_dtype="fp32", chunk_bytes=1024**2, timeout_s=START_S)
     return sum(chunk.row_end - chunk.row_start for chunk, _ in stream)
 
 
@@ -58,7 +58,7 @@ def test_target_serves_this_machine_until_it_is_interrupted(slipstream: Start) -
     assert (code, rest) == (0, "")
     assert "stopped" in command.errors
     assert "Traceback" not in command.errors
-    command.assert_nothing_left(within_s=5)
+    command.assert_nothing_left()
 
 
 def test_target_with_credentials_serves_who_has_token_and_certificate(slipstream: Start, tmp_path: Path) -> None:
