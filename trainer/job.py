@@ -71,7 +71,7 @@ LOAD_DEADLINE_S = 600.0
 COORDINATOR, GROUP, EVALUATOR = "the coordinator", "a trainer rank", "the evaluator"
 """Parts that are started again when they lose their process, each so often and no more."""
 
-STOP_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 180.0
 """A run that is asked to stop has this long to finish its step and write a checkpoint."""
 
 

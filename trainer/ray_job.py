@@ -23,8 +23,8 @@ STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 RAY_STOP_WAIT_S = 3
 """Seconds that `ray job stop` leaves a job by default before it kills it."""
 
-STOP_WAIT_S = 90
-"""Enough for the longest orderly stop: a minute for the step and its checkpoint, and the end of every part."""
+STOP_WAIT_S = 270
+"""Enough for the longest orderly stop: three minutes for the step and its checkpoint, and the end of every part."""
 
 
 def is_ray_job() -> bool:

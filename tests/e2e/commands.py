@@ -24,7 +24,7 @@ RUN_S = 600.0
 GONE_S = 120.0
 """What a command leaves has ended by then; the reaper of a local Ray alone waits for some seconds."""
 
-COMMAND_S = 300.0
+COMMAND_S = 600.0
 """A command that does no more than ask and answer."""
 
 RAY_BYTES = 80 * 1024**2

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 REFRESH_S = 1.0
 """How often `--watch` asks; a driver says as often how its run is."""
 
-STOP_WAIT_S = 180.0
+STOP_WAIT_S = 300.0
 """`stop --wait`: a step, its checkpoint and the end of every part."""
 
 RUN_HELP = "The run: its id, its recipe's name, or its output directory."

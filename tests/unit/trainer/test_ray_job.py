@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from services.errors import OutputDirError
-from trainer.ray_job import JOB_VARIABLE, STOP_WAIT_VARIABLE, adapt_to_ray_job, lasting_output_dir
+from trainer.ray_job import JOB_VARIABLE, STOP_WAIT_S, STOP_WAIT_VARIABLE, adapt_to_ray_job, lasting_output_dir
 from trainer.recipe import Recipe, build_recipe
 
 HOME = Path("/home/someone")
@@ -53,7 +53,7 @@ def test_command_outside_a_job_keeps_its_recipe(tmp_path: Path, monkeypatch: pyt
 
 def test_job_names_its_files_alike_wherever_they_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOB_VARIABLE, "{}")
-    monkeypatch.setenv(STOP_WAIT_VARIABLE, "90")
+    monkeypatch.setenv(STOP_WAIT_VARIABLE, str(STOP_WAIT_S))
     identities = []
     for name in ("_ray_pkg_1", "_ray_pkg_2"):
         folder = tmp_path / "working_dir_files" / name
@@ -78,4 +78,4 @@ def test_job_that_a_stop_would_kill_too_early_is_told(tmp_path: Path, monkeypatc
     adapt_to_ray_job(recipe(tmp_path, "/data/one"), said.append)
     assert len(said) == 1
     assert "3 s after it asks" in said[0]
-    assert "RAY_JOB_STOP_WAIT_TIME_S=90" in said[0]
+    assert "RAY_JOB_STOP_WAIT_TIME_S=270" in said[0]

@@ -114,7 +114,7 @@ def test_address_without_a_server_is_named() -> None:
 def test_job_finds_this_python_first_and_has_time_to_stop() -> None:
     environment = job_environment()
     assert environment["PATH"].endswith(":${PATH}")  # Ray puts the node's own there
-    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "90"
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "270"
 
 
 @pytest.mark.parametrize(
