@@ -109,6 +109,7 @@ def assert_nothing_lost(
     lost = sorted(undisturbed.keys() - losses.keys())
     gaps = [step for step in lost if step - 1 not in lost]
     assert len(gaps) <= most_gaps, f"steps without a record: {lost}"
+    assert len(lost) < STEPS / 2, f"steps without a record: {lost}"
 
 
 @contextlib.contextmanager
