@@ -2,10 +2,10 @@
 
     python infra/soak.py --minutes 15
 
-A part is back when its new process is there and its work goes on: a step for ranks, a capture for coordinator, target,
-shard and Redis; a dashboard when its process is there. At the end the run is stopped in order, and its logs are
-audited: every use trained at most once, bytes within capacity, nothing left running. Exit code 0 only if nothing was
-lost.
+Most kills hit one part, some hit two or three at once. A part is back when its new process is there and its work goes
+on: a step for ranks, a capture for coordinator, target, shard and Redis; a dashboard when its process is there. At the
+end the run is stopped in order, and its logs are audited: every use trained at most once, bytes within capacity, nothing
+left running. Exit code 0 only if nothing was lost.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ from services.prompts.ledger import audit, lines_of
 STEERED = ("target", "shard", "redis", "supervisor", "coordinator", "rank", "dashboard")
 """What is killed; the evaluator works at both ends of a run only."""
 
+SEVERAL = "several"
+
+AT_ONCE = (1, 1, 1, 2, 3)
+"""How many parts a kill hits, each number as likely as the others here."""
+
 PAUSE_S = (8.0, 25.0)
 """Shortest and longest time from one recovery to the next kill."""
 
@@ -46,11 +51,16 @@ RUN = (
 
 @dataclass
 class Recovery:
-    """One kill: which part, when, and how long until its work went on."""
+    """One kill: which parts at once, when, and how long until the work of all went on."""
 
-    part: str
+    parts: tuple[str, ...]
     killed_at_s: float
     took_s: float
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return SEVERAL if len(self.parts) > 1 else self.parts[0]
 
 
 class SoakError(Exception):
@@ -89,10 +99,10 @@ class Soak:
         until_s = time.monotonic() + 60 * minutes
         while time.monotonic() < until_s:
             self._idle(self._random.uniform(*PAUSE_S))
-            recovery = self._hit(self._random.choice(STEERED))
+            recovery = self._hit(self._choose())
             recoveries.append(recovery)
             print(
-                f"{recovery.killed_at_s:7.1f} s  {recovery.part:<11} killed at step {self._last_step()}, "
+                f"{recovery.killed_at_s:7.1f} s  {' + '.join(recovery.parts):<11} killed at step {self._last_step()}, "
                 f"back after {recovery.took_s:.1f} s",
                 flush=True,
             )
@@ -133,16 +143,24 @@ class Soak:
             self._run.wait()
         self._errors.close()
 
-    def _hit(self, part: str) -> Recovery:
+    def _choose(self) -> tuple[str, ...]:
+        parts = self._random.sample(STEERED, self._random.choice(AT_ONCE))
+        if "supervisor" in parts and "redis" in parts:
+            parts.remove("redis")  # it falls with its supervisor
+        return tuple(parts)
+
+    def _hit(self, parts: tuple[str, ...]) -> Recovery:
         killed_s = time.monotonic()
-        pid = kill(self._run.pid, part)
-        if pid is None:
-            raise SoakError(f"there is no {part} to kill")
-        self._wait(lambda: self._is_there(part, pid), RECOVERY_S, f"a new {part}")
-        if part != "dashboard":
-            before = self._work(part)  # what was done before the kill has long been counted
-            self._wait(lambda: self._work(part) > before, RECOVERY_S, f"the work of the new {part}")
-        return Recovery(part, killed_s - self._began_s, time.monotonic() - killed_s)
+        pids = {part: kill(self._run.pid, part) for part in parts}
+        for part, pid in pids.items():
+            if pid is None:
+                raise SoakError(f"there is no {part} to kill")
+            self._wait(lambda part=part, pid=pid: self._is_there(part, pid), RECOVERY_S, f"a new {part}")
+        working = [part for part in parts if part != "dashboard"]
+        before = {part: self._work(part) for part in working}  # what was done before the kill has long been counted
+        for part in working:
+            self._wait(lambda part=part: self._work(part) > before[part], RECOVERY_S, f"the work of the new {part}")
+        return Recovery(parts, killed_s - self._began_s, time.monotonic() - killed_s)
 
     def _is_there(self, part: str, killed: int) -> bool:
         return any(process.pid != killed for process in find(self._run.pid, part))
@@ -195,10 +213,10 @@ def main() -> int:
         finally:
             soak.close()
     print(f"\n{'part':<11} kills  back after (median, worst)")
-    for part in STEERED:
-        took = [recovery.took_s for recovery in recoveries if recovery.part == part]
+    for name in (*STEERED, SEVERAL):
+        took = [recovery.took_s for recovery in recoveries if recovery.name == name]
         if took:
-            print(f"{part:<11} {len(took):5}  {statistics.median(took):.1f} s, {max(took):.1f} s")
+            print(f"{name:<11} {len(took):5}  {statistics.median(took):.1f} s, {max(took):.1f} s")
     print(f"{len(recoveries)} kills, {len(recoveries)} recoveries, nothing lost: {json.dumps(counted)}")
     return 0
 
