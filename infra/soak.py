@@ -4,8 +4,8 @@
 
 Most kills hit one part, some hit two or three at once. A part is back when its new process is there and its work goes
 on: a step for ranks, a capture for coordinator, target, shard and Redis; a dashboard when its process is there. At the
-end the run is stopped in order, and its logs are audited: every use trained at most once, bytes within capacity, nothing
-left running. Exit code 0 only if nothing was lost.
+end the run is stopped in order, and its logs are audited: every use trained at most once, bytes within capacity, and
+nothing left running. Exit code 0 only if nothing was lost.
 """
 
 from __future__ import annotations
