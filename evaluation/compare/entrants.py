@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight")
 DRAFTERS_OWN = ("drafter", "drafter_digest")
 """What of a session's identity is the drafter's; decoding by the target alone does not depend on it."""
 
+STEP = "step_"
+"""A run's checkpoints are named so."""
 
 MOST_NAME_CHARS = 100
 """Of the drafters' names in a folder's: file systems take 255 bytes."""
@@ -154,18 +157,26 @@ def prepare_match(
 
 
 def labels_of(drafters: Sequence[Path]) -> list[str]:
-    """What tells the paths apart: their shortest ends that differ, without what all of these end with.
+    """What tells the paths apart: their shortest ends that do, without what all of these end with.
 
-    `a/step_9` and `b/step_9` become a and b; `a/step_8` and `b/step_9` become step_8 and step_9.
+    `a/step_9` and `b/step_9` become a and b, `a/step_8` and `a/step_9` step_8 and step_9. Steps of different runs go by
+    their runs, too: `a/step_8` and `b/step_9` stay what they are.
     """
     parts = [drafter.expanduser().absolute().parts for drafter in drafters]
     for length in range(1, max(map(len, parts)) + 1):
-        ends = [path[-length:] for path in parts]
-        if len(set(ends)) == len(ends):
+        if all(_are_apart(one, other, length) for one, other in combinations(parts, 2)):
+            ends = [path[-length:] for path in parts]
             while min(map(len, ends)) > 1 and len({end[-1] for end in ends}) == 1:
                 ends = [end[:-1] for end in ends]
             return [str(Path(*end)) for end in ends]
     raise ValueError("equal paths have no different names")
+
+
+def _are_apart(one: Sequence[str], other: Sequence[str], length: int) -> bool:
+    """Whether the ends of two paths, so long, tell which is which."""
+    of_two_runs = one[:-1] != other[:-1] and all(path[-1].startswith(STEP) for path in (one, other))
+    until = -1 if of_two_runs else None  # the number of a step does not say whose it is
+    return one[-length:until] != other[-length:until]
 
 
 def count_parameters(drafter: Path) -> Parameters:

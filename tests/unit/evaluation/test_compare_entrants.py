@@ -47,6 +47,9 @@ def test_all_drafters_get_the_same_prompts_and_seeds(checkpoints, tmp_path):
         (["/a/run/step_9", "/b/run/step_9"], ["a", "b"]),
         (["/x/a/step_9", "/y/a/step_9", "/y/b/step_1"], ["x/a/step_9", "y/a/step_9", "y/b/step_1"]),
         (["/step_9", "/a/step_9"], ["/", "a"]),
+        (["/dspark/step_2200", "/dflash/step_3200"], ["dspark/step_2200", "dflash/step_3200"]),
+        (["/a/demo/step_8", "/b/demo/step_9"], ["a/demo/step_8", "b/demo/step_9"]),
+        (["/a/step_8", "/released"], ["step_8", "released"]),
     ],
 )
 def test_labels_are_the_shortest_ends_that_differ(paths, labels):
