@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ import psutil
 from victims import find, kill
 
 from services.prompts.ledger import audit, lines_of
+from trainer.supervision import MOST_RESTARTS, RESTART_WINDOW_S
 
 STEERED = ("target", "shard", "redis", "supervisor", "coordinator", "rank", "dashboard")
 """What is killed; the evaluator works at both ends of a run only."""
@@ -99,7 +101,7 @@ class Soak:
         until_s = time.monotonic() + 60 * minutes
         while time.monotonic() < until_s:
             self._idle(self._random.uniform(*PAUSE_S))
-            recovery = self._hit(self._choose())
+            recovery = self._hit(self._choose(recoveries))
             recoveries.append(recovery)
             print(
                 f"{recovery.killed_at_s:7.1f} s  {' + '.join(recovery.parts):<11} killed at step {self._last_step()}, "
@@ -143,8 +145,12 @@ class Soak:
             self._run.wait()
         self._errors.close()
 
-    def _choose(self) -> tuple[str, ...]:
-        parts = self._random.sample(STEERED, self._random.choice(AT_ONCE))
+    def _choose(self, earlier: list[Recovery]) -> tuple[str, ...]:
+        """Some parts, but none that would be given up for dying too often."""
+        since_s = time.monotonic() - self._began_s - RESTART_WINDOW_S
+        lately = Counter(part for hit in earlier if hit.killed_at_s > since_s for part in hit.parts)
+        able = [part for part in STEERED if lately[part] < MOST_RESTARTS - 1]
+        parts = self._random.sample(able, self._random.choice(AT_ONCE))
         if "supervisor" in parts and "redis" in parts:
             parts.remove("redis")  # it falls with its supervisor
         return tuple(parts)

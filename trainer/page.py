@@ -12,11 +12,9 @@ from services.dashboard.process import DashboardProcess
 from services.errors import SlipstreamError
 from services.restarts import RestartBudget
 from trainer.console import RunConsole
+from trainer.supervision import MOST_RESTARTS, RESTART_WINDOW_S
 
 LOOK_S = 0.5
-
-MOST_RESTARTS = 5
-RESTART_WINDOW_S = 300.0
 
 
 @contextmanager
