@@ -21,6 +21,7 @@ from services.errors import DeadlineError, NotBegunError, PartDiedError, Placeme
 from services.logs import LogPlace, logged
 from services.placement import Ask, alive_nodes
 from trainer.reaper import Reaper
+from trainer.supervision import PASSING, PASSING_DEADLINE_S, RETRY_S
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +121,15 @@ class Part:
         name: For errors.
         actor: Its handle; call nothing before it has started.
         ask: What it asks of the cluster.
+        begin: Has it constructed if it is not; done then, or raises what the constructor raised.
         placed: Done once its process runs.
-        started: Done once it is constructed, or raises what its constructor raised.
+        started: What the first `begin` gave.
     """
 
     name: str
     actor: Any
     ask: Ask
+    begin: Callable[[], Any]
     placed: Any
     started: Any
 
@@ -146,7 +149,11 @@ def start_part(cls: type, *args: Any, ask: Ask = NOTHING, log: LogPlace | None =
     """
     check_fits(cls.__name__, ask)
     actor: Any = ray.remote(_deferred(logged(cls, log) if log else cls)).options(**ask.options(), **options).remote()
-    return Part(cls.__name__, actor, ask, placed=actor.__ray_ready__.remote(), started=actor.begin.remote(*args))
+
+    def begin() -> Any:
+        return actor.begin.remote(*args)
+
+    return Part(cls.__name__, actor, ask, begin, placed=actor.__ray_ready__.remote(), started=begin())
 
 
 def check_fits(name: str, ask: Ask) -> None:
@@ -165,27 +172,45 @@ def check_fits(name: str, ask: Ask) -> None:
 def wait_started(parts: Sequence[Part], look: Callable[[], None] = lambda: None) -> None:
     """Wait until every actor is placed and constructed; raises what a constructor raised.
 
+    One that meets something which is just being brought back begins again.
+
     Args:
         parts: The actors.
         look: Called about twice a second while waiting; what it raises ends the wait.
 
     Raises:
+        PartDiedError: One lost its process; the others are there.
         PlacementError: One is not placed after a minute because a resource is taken; names it.
         DeadlineError: One does not come up.
     """
     waiting = {future: part for part in parts for future in (part.placed, part.started)}
     began_s = time.monotonic()
+    death: PartDiedError | None = None
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=LOOK_S)
+        again: list[Part] = []
         for future in done:
-            result_of(future, waiting.pop(future).name)
+            part = waiting.pop(future)
+            try:
+                result_of(future, part.name)
+            except PartDiedError as error:
+                death = error
+            except PASSING:
+                if time.monotonic() > began_s + PASSING_DEADLINE_S:
+                    raise
+                again.append(part)
         look()
+        if again:
+            time.sleep(RETRY_S)
+            waiting |= {part.begin(): part for part in again}
         waited_s = time.monotonic() - began_s
         if waited_s > PLACEMENT_DEADLINE_S:
             _check_placed([part for future, part in waiting.items() if future is part.placed])
         if waiting and waited_s > START_DEADLINE_S:
             names = ", ".join(sorted({part.name for part in waiting.values()}))
             raise DeadlineError(f"{names} did not start within {START_DEADLINE_S:g} s; see Ray's logs")
+    if death is not None:
+        raise death
 
 
 def result_of(future: Any, what: str, *, timeout_s: float | None = None) -> Any:

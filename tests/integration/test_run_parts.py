@@ -14,7 +14,7 @@ import ray
 from evaluation.report import Report
 from evaluation.weights import weights_digest
 from services.contracts import HeldoutPrompt
-from services.errors import PlacementError, PromptError, SlipstreamError
+from services.errors import PartDiedError, PlacementError, PromptError, ReplayUnavailableError, SlipstreamError
 from services.placement import Ask
 from trainer.checkpoint import best_checkpoint, prune
 from trainer.cluster import check_fits, result_of, start_part, wait_started
@@ -66,6 +66,44 @@ def test_part_answers_once_it_has_started(part_class: type) -> None:
     part = start_part(part_class, 6)
     wait_started([part])
     assert result_of(part.actor.half.remote(), "the part", timeout_s=DEADLINE_S) == 3
+
+
+def test_part_that_meets_a_redis_which_is_brought_back_begins_again() -> None:
+    class Part:
+        num_begun = 0
+
+        def __init__(self, patience: int) -> None:
+            self.num_begun += 1
+            if self.num_begun < patience:
+                raise ReplayUnavailableError("Redis does not answer")
+
+        def count(self) -> int:
+            return self.num_begun
+
+    part = start_part(Part, 3)
+    wait_started([part])
+    assert result_of(part.actor.count.remote(), "the part", timeout_s=DEADLINE_S) == 3
+
+
+def test_part_that_dies_while_it_starts_does_not_end_the_wait_for_the_others(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+
+    class Dying:
+        def __init__(self) -> None:
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Slow:
+        def __init__(self) -> None:
+            while not died.exists():
+                time.sleep(0.05)
+            time.sleep(0.5)
+
+    parts = [start_part(Dying), start_part(Slow)]
+    with pytest.raises(PartDiedError, match="Dying"):
+        wait_started(parts)
+    ready, _ = ray.wait([parts[1].started], timeout=0)
+    assert ready == [parts[1].started]
 
 
 def test_part_begins_once_even_if_told_so_twice_at_the_same_time() -> None:
