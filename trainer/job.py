@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import ray
 
-from services.contracts import DTYPE_BYTES, Event, TableSignature
+from services.contracts import Event
 from services.control.board import StatusBoard
 from services.control.records import RunStatus
 from services.errors import (
@@ -60,7 +60,7 @@ from trainer.shards import Shards
 from trainer.steering import Steering
 from trainer.summary import Summary
 from trainer.supervision import Restarts, persist
-from trainer.traffic import measure_traffic
+from trainer.traffic import cache_bytes, measure_traffic
 
 POLL_S = 0.25
 """How often the driver looks at the run."""
@@ -498,8 +498,3 @@ class Job:
                 self._revive_coordinator(PartDiedError(str(error)))
             except PartDiedError as error:
                 self._revive_coordinator(error)
-
-
-def cache_bytes(num_tokens: int, signature: TableSignature) -> int:
-    """What a feature cache on disk would take: every row of every captured layer and of the last one, in bf16."""
-    return num_tokens * (len(signature.layer_ids) + 1) * signature.hidden_size * DTYPE_BYTES["bf16"]

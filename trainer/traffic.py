@@ -48,7 +48,12 @@ def measure_traffic(traffic: Mapping[WireDtype, Traffic], signature: TableSignat
         saved_by_dtype[dtype] = (counted.num_tokens * num_layers + num_last) * state_bytes - counted.num_bytes
     return FeatureTraffic(
         streamed_bytes=sum(counted.num_bytes for counted in traffic.values()),
-        all_rows_bytes=sum(counted.num_tokens for counted in traffic.values()) * (num_layers + 1) * state_bytes,
+        all_rows_bytes=cache_bytes(sum(counted.num_tokens for counted in traffic.values()), signature),
         saved_by_rows_bytes=saved_by_rows,
         saved_by_dtype_bytes=saved_by_dtype,
     )
+
+
+def cache_bytes(num_tokens: int, signature: TableSignature) -> int:
+    """What a feature cache on disk would take: every row of every captured layer and of the last one, in bf16."""
+    return num_tokens * (len(signature.layer_ids) + 1) * signature.hidden_size * DTYPE_BYTES["bf16"]
